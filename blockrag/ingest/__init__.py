@@ -1,0 +1,56 @@
+"""From files to passages whose KV states are already stored, in one resumable pass.
+
+    reading.py    files, folders and objects to documents
+    splitting.py  documents to passages, by the language model's tokens
+    pipeline.py   documents to index and block store, batch by batch; and back out again
+    report.py     what a pass did
+    progress.py   how far it is, for people who wait
+
+Importing this package imports nothing but the standard library: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blockrag.ingest.pipeline import delete, ingest
+    from blockrag.ingest.progress import Progress, RichProgress
+    from blockrag.ingest.reading import Document, DocumentFailure, read_documents
+    from blockrag.ingest.report import IngestReport
+    from blockrag.ingest.splitting import split_document
+
+__all__ = [
+    "Document",
+    "DocumentFailure",
+    "IngestReport",
+    "Progress",
+    "RichProgress",
+    "delete",
+    "ingest",
+    "read_documents",
+    "split_document",
+]
+
+_HOMES = {
+    "Document": "reading",
+    "DocumentFailure": "reading",
+    "IngestReport": "report",
+    "Progress": "progress",
+    "RichProgress": "progress",
+    "delete": "pipeline",
+    "ingest": "pipeline",
+    "read_documents": "reading",
+    "split_document": "splitting",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
