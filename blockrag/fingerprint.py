@@ -268,4 +268,4 @@ def _byte_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
     rows = tensor.shape[0] if direct else max(1, _CHUNK_BYTES // row_bytes)
     for start in range(0, tensor.shape[0], rows):
         flat = tensor[start : start + rows].cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield memoryview(flat.numpy())
+        yield flat.numpy().data

@@ -13,7 +13,19 @@ from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.fingerprint import check_key
 from blockrag.stores.protocol import StoreStats
 
-__all__ = ["MemoryStore"]
+__all__ = ["MemoryStore", "byte_view"]
+
+
+def byte_view(data: bytes | bytearray | memoryview) -> memoryview:
+    """A flat view of the bytes of `data`, for every store's `put`.
+
+    Raises:
+        InputError: `data` is no contiguous byte buffer.
+    """
+    try:
+        return memoryview(data).cast("B")
+    except TypeError as error:
+        raise InputError(f"a store keeps bytes, got {type(data).__name__} ({error}); encode the block first") from None
 
 
 class MemoryStore:
@@ -75,12 +87,12 @@ class MemoryStore:
         """Store a copy of `data`, evicting the least recently used blocks until it fits.
 
         Raises:
-            InputError: A malformed key.
+            InputError: A malformed key, or `data` is not bytes.
             StoreFullError: `data` alone exceeds the budget; nothing is evicted for it.
             StoreError: The store is closed.
         """
         check_key(key)
-        block = bytearray(data)
+        block = bytearray(byte_view(data))
         if self._max_bytes is not None and len(block) > self._max_bytes:
             raise StoreFullError(f"a block of {len(block)} bytes exceeds max_bytes={self._max_bytes}; raise max_bytes")
         with self._lock:
