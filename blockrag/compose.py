@@ -71,7 +71,7 @@ class Composition:
 
     def rotate(self) -> None:
         """Turn everything placed to its absolute position; once, after the last block."""
-        for slot, ropes in zip(self._slots, self._ropes):
+        for slot, ropes in zip(self._slots, self._ropes, strict=True):
             rotate_(slot.keys, ropes.keys, slot.start)
             rotate_(slot.values, ropes.values, slot.start)
 

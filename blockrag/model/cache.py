@@ -12,7 +12,6 @@ Source: https://huggingface.co/docs/transformers/kv_cache
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,19 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSli
 
 from blockrag.kv import KVLayout, LayerShape
 
-__all__ = ["BufferPool", "CaptureLayer", "GrowingLayer", "GrowingSlidingLayer", "PromptCache"]
+__all__ = ["BufferPool", "CaptureLayer", "GrowingLayer", "GrowingSlidingLayer", "LayerStructure", "PromptCache"]
 
 # A kernel that reads 64 bytes at a time must not straddle two layers.
 _ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStructure:
+    """Which of a model's cache layers keep KV states, and how far each of them sees."""
+
+    num_layers: int
+    indices: tuple[int, ...]
+    windows: tuple[int | None, ...]
 
 
 class BufferPool:
@@ -238,9 +246,7 @@ class PromptCache(Cache):  # type: ignore[misc]
 
     Args:
         layout: Shapes of the layers that keep KV states.
-        windows: Sliding window of each of those layers, None for full attention.
-        layer_indices: The model layer each of them belongs to; other layers share theirs and keep none.
-        num_layers: Layers of the model's cache.
+        structure: Which layers those are, and how far each of them sees.
         capacity: Tokens to make room for; the cache grows beyond it at the price of a copy.
         skipped: Leading tokens that windowed layers need not hold, because the prompt goes on past their window.
         dtype: The dtype the model computes in.
@@ -251,9 +257,7 @@ class PromptCache(Cache):  # type: ignore[misc]
     def __init__(
         self,
         layout: KVLayout,
-        windows: Sequence[int | None],
-        layer_indices: Sequence[int],
-        num_layers: int,
+        structure: LayerStructure,
         *,
         capacity: int,
         skipped: int,
@@ -262,12 +266,15 @@ class PromptCache(Cache):  # type: ignore[misc]
         pool: BufferPool,
     ) -> None:
         self._pool = pool
-        plans = [_LayerPlan.of(shape, window, capacity, skipped) for shape, window in zip(layout.layers, windows)]
+        plans = [
+            _LayerPlan.of(shape, window, capacity, skipped)
+            for shape, window in zip(layout.layers, structure.windows, strict=True)
+        ]
         itemsize = dtype.itemsize
         self._buffer: torch.Tensor | None = pool.acquire(sum(p.nbytes(itemsize) for p in plans), device)
-        layers: list[Any] = [DummyLayer() for _ in range(num_layers)]
+        layers: list[Any] = [DummyLayer() for _ in range(structure.num_layers)]
         offset = 0
-        for index, plan, window in zip(layer_indices, plans, windows):
+        for index, plan, window in zip(structure.indices, plans, structure.windows, strict=True):
             keys, offset = _carve(self._buffer, offset, plan.shape.key_heads, plan.capacity, plan.shape.key_dim, dtype)
             values, offset = _carve(
                 self._buffer, offset, plan.shape.value_heads, plan.capacity, plan.shape.value_dim, dtype
@@ -275,7 +282,7 @@ class PromptCache(Cache):  # type: ignore[misc]
             layers[index] = (
                 GrowingLayer(keys, values) if window is None else GrowingSlidingLayer(keys, values, window=window)
             )
-        self.kv_layers: tuple[GrowingLayer | GrowingSlidingLayer, ...] = tuple(layers[i] for i in layer_indices)
+        self.kv_layers: tuple[GrowingLayer | GrowingSlidingLayer, ...] = tuple(layers[i] for i in structure.indices)
         super().__init__(layers=layers)
 
     @property

@@ -27,13 +27,13 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLay
 from blockrag.compose import LayerRopes
 from blockrag.errors import PromptTooLongError, UnsupportedModelError
 from blockrag.kv import KVLayout, LayerShape
-from blockrag.model.cache import CaptureLayer
+from blockrag.model.cache import CaptureLayer, LayerStructure
 from blockrag.rope import RopeSpec, rotate_, unrotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LayerStructure", "ModelProfile", "Regime", "capture_cache", "probe_regimes", "structure_of"]
+__all__ = ["ModelProfile", "Regime", "capture_cache", "probe_regimes", "structure_of"]
 
 _PROBE_TOKENS = 9
 _PROBE_SHIFT = 37
@@ -54,15 +54,6 @@ class Regime:
     name: str
     offset: int
     ropes: tuple[LayerRopes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerStructure:
-    """Which of a model's cache layers keep KV states, and how far each of them sees."""
-
-    num_layers: int
-    indices: tuple[int, ...]
-    windows: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,486 @@
+"""`BlockModel`: a causal language model that composes its prompts from stored blocks.
+
+It brings the parts of this package together: a model and tokenizer loaded and probed, a prompt template, a store for
+KV states, and generation. It does not know about passages' embeddings, indexes or documents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+import warnings
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+
+from blockrag.errors import InputError, UnsupportedModelError
+from blockrag.fingerprint import Fingerprint, hash_json, hash_tensors, hash_tokenizer
+from blockrag.model.blocks import BlockSource, MaterializeReport
+from blockrag.model.cache import BufferPool
+from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
+from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
+from blockrag.model.oracle import oracle_logits
+from blockrag.model.prefill import prefill_blocks
+from blockrag.model.profile import ModelProfile, structure_of
+from blockrag.model.running import Chunk, Generation, RunningPrompt
+from blockrag.model.sampling import GenerationOptions
+from blockrag.model.verification import verified_profile
+from blockrag.prompt import SegmentedPrompt, template_for
+from blockrag.stores import MemoryStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from blockrag.codec import Precision
+    from blockrag.kv import BlockKV
+    from blockrag.prompt import Block, PromptTemplate
+    from blockrag.stores.protocol import BlockStore
+
+__all__ = ["Attention", "BlockModel", "GenerationStream"]
+
+logger = logging.getLogger(__name__)
+
+Attention = Literal["block", "full"]
+
+_DEFAULT_STORE_BYTES = 2 << 30
+# Larger batches fall out of the processor's cache (measured: 1,024 tokens beat 4,096 and 16,384); a GPU wants more.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Entries of a model's configuration that say nothing about what it computes.
+_INERT_CONFIG = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+
+
+class BlockModel:
+    """A causal language model with block attention.
+
+    Args:
+        model: A transformers causal language model; its attention function is set to the fastest exact one.
+        tokenizer: Its tokenizer.
+        template: How prompts are built; by default the one the checkpoint was trained with, or the one its chat
+            template implies.
+        attention: "block" composes prompts from stored blocks; "full" prefills them whole. Every call can choose
+            again; "full" here also loads models that cannot be composed.
+        store: Where KV states are kept; by default 2 GiB of memory.
+        precision: Precision at rest: "float32", "bfloat16" or "float16"; by default the computing dtype where it has
+            16 bits, and float16 where it has 32.
+        namespace: Blocks stored under one namespace are not found from another.
+        facts: What is known of the checkpoint's block fine-tuning; `from_pretrained` reads it from the checkpoint.
+
+    Raises:
+        UnsupportedModelError: With attention="block", when the model's KV states cannot be composed exactly.
+
+    Warns:
+        NotBlockFineTunedWarning: With attention="block", when the model is not known to be block-fine-tuned.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: PromptTemplate | None = None,
+        attention: Attention = "block",
+        store: BlockStore | None = None,
+        precision: Precision | None = None,
+        namespace: str = "",
+        facts: BlockAttentionFacts | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.attention = _checked_attention(attention)
+        self.facts = facts or BlockAttentionFacts()
+        self.template = template or self.facts.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
+        self.store: BlockStore = MemoryStore(max_bytes=_DEFAULT_STORE_BYTES) if store is None else store
+        self.precision: Precision = precision or _default_precision(model.dtype)
+        self.namespace = namespace
+        self._pool = BufferPool()
+        self._lock = threading.RLock()
+        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not a causal language model of transformers 5: its forward takes no "
+                "logits_to_keep; load it with AutoModelForCausalLM"
+            )
+        self.profile: ModelProfile | None = None
+        try:
+            self.profile = verified_profile(model)
+        except UnsupportedModelError:
+            if attention == "block":
+                raise
+            model.set_attn_implementation("eager")
+        if attention == "block" and not self.facts.block_fine_tuned:
+            warnings.warn(
+                f"{self.name} is not known to be fine-tuned for block attention: without it, answers over composed "
+                "passages lose much of their accuracy (arXiv 2409.15355, table 1: 71.3 to 50.0). Fine-tune it, use "
+                'attention="full", or pass facts=BlockAttentionFacts(block_fine_tuned=True) if you know it is.',
+                NotBlockFineTunedWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        attention: Attention = "block",
+        template: PromptTemplate | None = None,
+        store: BlockStore | None = None,
+        precision: Precision | None = None,
+        namespace: str = "",
+        block_fine_tuned: bool | None = None,
+        revision: str | None = None,
+    ) -> BlockModel:
+        """Load a model from a directory or the Hugging Face hub.
+
+        Args:
+            id_or_path: A directory with a saved model, or a hub id.
+            device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1", ...
+            dtype: "auto" (the checkpoint's own on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
+            attention: See `BlockModel`.
+            template: See `BlockModel`.
+            store: See `BlockModel`.
+            precision: See `BlockModel`.
+            namespace: See `BlockModel`.
+            block_fine_tuned: Overrides what the checkpoint says of itself.
+            revision: Branch, tag or commit on the hub.
+
+        Raises:
+            InputError: The model, device or dtype does not exist.
+            UnsupportedModelError: See `BlockModel`.
+        """
+        placed = resolve_device(device)
+        model, tokenizer, facts = load_pretrained(
+            id_or_path, device=placed, dtype=resolve_dtype(dtype, placed), revision=revision
+        )
+        if block_fine_tuned is not None:
+            facts = replace(facts, block_fine_tuned=block_fine_tuned)
+        return cls(
+            model,
+            tokenizer,
+            template=template,
+            attention=attention,
+            store=store,
+            precision=precision,
+            namespace=namespace,
+            facts=facts,
+        )
+
+    @property
+    def name(self) -> str:
+        """The hub id or directory name the model was loaded from, or its class."""
+        path = str(self.model.config._name_or_path or "")
+        return (Path(path).name if Path(path).is_dir() else path) or type(self.model).__name__
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Everything that shapes this model's KV states. Reads all weights once."""
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _INERT_CONFIG}
+        profile = self._composable()
+        ropes = [
+            [[r.keys.describe(), r.keys.frequencies, r.values.describe(), r.values.frequencies] for r in regime.ropes]
+            for regime in profile.regimes
+        ]
+        return Fingerprint(
+            weights=hash_tensors(self.model.state_dict().items()),
+            config=hash_json(config),
+            rope=hash_json(ropes),
+            tokenizer=hash_tokenizer(self.tokenizer),
+            template=self.template.digest(),
+            compute_dtype=str(self.model.dtype).removeprefix("torch."),
+            precision=self.precision,
+        )
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the model's end-of-sequence tokens and stop strings that are one token."""
+        ids: set[int] = set()
+        for eos in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
+            ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+        added = self.tokenizer.get_added_vocab()
+        ids.update(added[text] for text in self.template.stop if text in added)
+        return frozenset(ids)
+
+    def block_key(self, token_ids: Sequence[int]) -> str:
+        """The key a block is stored under for prompts of ordinary length: 64 hexadecimal digits."""
+        return self._source.key(token_ids, self._composable().regimes[0])
+
+    def prefill(self, blocks: Sequence[Sequence[int]]) -> list[BlockKV]:
+        """Compute blocks' KV states, batched; nothing is stored.
+
+        Args:
+            blocks: Token ids of each block, none of them empty.
+
+        Returns:
+            KV states with un-rotated keys, in the order of `blocks`, in the model's dtype on its device.
+
+        Raises:
+            InputError: A block is empty.
+        """
+        for index, block in enumerate(blocks):
+            if not block:
+                raise InputError(f"block {index} has no tokens; drop it")
+        profile = self._composable()
+        with self._lock:
+            computed = dict(
+                prefill_blocks(self.model, profile, profile.regimes[0], blocks, batch_tokens=self._batch_tokens)
+            )
+        return [computed[index] for index in range(len(blocks))]
+
+    def materialize(
+        self,
+        blocks: Sequence[Block],
+        store: BlockStore | None = None,
+        *,
+        on_block: Callable[[Block, bool, int], None] | None = None,
+    ) -> MaterializeReport:
+        """Make sure the store holds these blocks, computing only those it lacks.
+
+        Args:
+            blocks: Non-empty blocks; repeated ones count once.
+            store: Where to keep them; by default the model's store.
+            on_block: Called after each block with the block, whether it was stored already, and its new bytes.
+
+        Returns:
+            What was computed and what was there.
+
+        Raises:
+            StoreFullError: A block does not fit the store.
+        """
+        regime = self._composable().regimes[0]
+        return self._source.materialize(blocks, regime, self.store if store is None else store, on_block)
+
+    @overload
+    def generate(
+        self,
+        prompt: SegmentedPrompt,
+        options: GenerationOptions | None = None,
+        *,
+        attention: Attention | None = None,
+        store: BlockStore | None = None,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[SegmentedPrompt],
+        options: GenerationOptions | None = None,
+        *,
+        attention: Attention | None = None,
+        store: BlockStore | None = None,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: SegmentedPrompt | Sequence[SegmentedPrompt],
+        options: GenerationOptions | None = None,
+        *,
+        attention: Attention | None = None,
+        store: BlockStore | None = None,
+    ) -> Generation | list[Generation]:
+        """Answer one prompt, or each of several.
+
+        The missing blocks of several prompts are computed together, once; each prompt then decodes on its own cache,
+        so that its answer is the one it would get alone.
+
+        Args:
+            prompt: One prompt or a sequence of them, from `BlockModel.template`.
+            options: How to generate.
+            attention: "block" or "full"; by default the model's.
+            store: Where blocks are kept; by default the model's store.
+
+        Raises:
+            PromptTooLongError: A prompt exceeds what the model can place.
+        """
+        if isinstance(prompt, SegmentedPrompt):
+            return self.stream(prompt, options, attention=attention, store=store).finish()
+        prompts = list(prompt)
+        if self._mode(attention) == "block":
+            self._materialize_together(prompts, self.store if store is None else store)
+        return [self.stream(one, options, attention=attention, store=store).finish() for one in prompts]
+
+    def stream(
+        self,
+        prompt: SegmentedPrompt,
+        options: GenerationOptions | None = None,
+        *,
+        attention: Attention | None = None,
+        store: BlockStore | None = None,
+    ) -> GenerationStream:
+        """Answer one prompt piece by piece; see `generate`. Nothing runs before the first piece is asked for."""
+        return GenerationStream(self, prompt, options or GenerationOptions(), self._mode(attention), store)
+
+    async def agenerate(
+        self,
+        prompt: SegmentedPrompt,
+        options: GenerationOptions | None = None,
+        *,
+        attention: Attention | None = None,
+        store: BlockStore | None = None,
+    ) -> Generation:
+        """`generate` for one prompt, on the model's worker thread."""
+        stream = self.stream(prompt, options, attention=attention, store=store)
+        async for _ in self._pieces(stream):
+            pass
+        return stream.generation
+
+    async def astream(
+        self,
+        prompt: SegmentedPrompt,
+        options: GenerationOptions | None = None,
+        *,
+        attention: Attention | None = None,
+        store: BlockStore | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """`stream`, on the model's worker thread; leaving the loop early frees the worker and the cache."""
+        async for chunk in self._pieces(self.stream(prompt, options, attention=attention, store=store)):
+            yield chunk
+
+    def start(self, *, attention: Attention | None = None, store: BlockStore | None = None) -> RunningPrompt:
+        """An empty running prompt, for conversations: extend it, let it answer, extend it again, close it."""
+        mode = self._mode(attention)
+        return RunningPrompt(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            source=None if mode == "full" and self.profile is None else self._source,
+            store=self.store if store is None else store,
+            pool=self._pool,
+            lock=self._lock,
+            stop_ids=self.stop_ids,
+        )
+
+    def reference_logits(self, blocks: Sequence[Block]) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of one forward under the dense block mask: the oracle, for tests."""
+        with self._lock:
+            return oracle_logits(
+                self.model,
+                structure_of(self.model),
+                [block.token_ids for block in blocks],
+                [block.local for block in blocks],
+            )
+
+    async def _pieces(self, stream: GenerationStream) -> AsyncIterator[Chunk]:
+        loop = asyncio.get_running_loop()
+        try:
+            while (chunk := await loop.run_in_executor(self._worker, next, stream, None)) is not None:
+                yield chunk
+        finally:
+            # Queued behind a step that is still running, so that the cache is not pulled from under it.
+            self._worker.submit(stream.close)
+
+    def _materialize_together(self, prompts: Sequence[SegmentedPrompt], store: BlockStore) -> None:
+        profile = self._composable()
+        by_regime: dict[str, list[Block]] = {}
+        for prompt in prompts:
+            by_regime.setdefault(profile.regime_for(prompt.num_tokens).name, []).extend(prompt.local_blocks)
+        for regime in profile.regimes:
+            if blocks := by_regime.get(regime.name):
+                self._source.materialize(blocks, regime, store, None)
+
+    def _mode(self, attention: Attention | None) -> Attention:
+        mode = self.attention if attention is None else _checked_attention(attention)
+        if mode == "block":
+            self._composable()
+        return mode
+
+    def _composable(self) -> ModelProfile:
+        if self.profile is None:
+            raise UnsupportedModelError(
+                f'{self.name} was loaded with attention="full" because its KV states cannot be composed; '
+                'load it with attention="block" to see why'
+            )
+        return self.profile
+
+    @cached_property
+    def _source(self) -> BlockSource:
+        return BlockSource(
+            model=self.model,
+            profile=self._composable(),
+            fingerprint=self.fingerprint.digest,
+            precision=self.precision,
+            namespace=self.namespace,
+            batch_tokens=self._batch_tokens,
+            lock=self._lock,
+        )
+
+    @cached_property
+    def _worker(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="blockrag-model")
+
+    @property
+    def _batch_tokens(self) -> int:
+        return _BATCH_TOKENS.get(self.model.device.type, _BATCH_TOKENS["cpu"])
+
+
+class GenerationStream(Iterator[Chunk]):
+    """An answer in progress: iterate for its pieces, then read `generation`.
+
+    Closing it, or dropping it, stops the work and gives the cache back.
+    """
+
+    def __init__(
+        self,
+        owner: BlockModel,
+        prompt: SegmentedPrompt,
+        options: GenerationOptions,
+        attention: Attention,
+        store: BlockStore | None,
+    ) -> None:
+        self._generation: Generation | None = None
+        self._chunks = self._run(owner, prompt, options, attention, store)
+
+    @property
+    def generation(self) -> Generation:
+        """The finished answer.
+
+        Raises:
+            InputError: The stream has not been read to its end.
+        """
+        if self._generation is None:
+            raise InputError("the answer is not finished; read the stream to its end, or call finish()")
+        return self._generation
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def finish(self) -> Generation:
+        """Read the rest of the stream; returns the finished answer."""
+        for _ in self:
+            pass
+        return self.generation
+
+    def close(self) -> None:
+        """Stop the work and free the cache."""
+        self._chunks.close()
+
+    def _run(
+        self,
+        owner: BlockModel,
+        prompt: SegmentedPrompt,
+        options: GenerationOptions,
+        attention: Attention,
+        store: BlockStore | None,
+    ) -> Generator[Chunk, None, None]:
+        running = owner.start(attention=attention, store=store)
+        try:
+            running.extend((prompt.as_full() if attention == "full" else prompt).blocks, room=options.max_new_tokens)
+            self._generation = yield from running.answer(options, prompt.stop)
+        finally:
+            running.close()
+
+
+def _checked_attention(attention: Attention) -> Attention:
+    if attention not in ("block", "full"):
+        raise InputError(f'attention={attention!r} is neither "block" nor "full"')
+    return attention
+
+
+def _default_precision(dtype: torch.dtype) -> Precision:
+    # float16 keeps three bits more than bfloat16; a block beyond its range is stored as float32 instead.
+    return "bfloat16" if dtype == torch.bfloat16 else "float16"

@@ -1,0 +1,90 @@
+"""Loading a causal language model and its tokenizer from a directory or a hub id, with errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from blockrag.errors import InputError
+from blockrag.model.facts import FACTS_FILE, BlockAttentionFacts, load_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_pretrained", "resolve_device", "resolve_dtype"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device a string names; "auto" is the first CUDA device, or the CPU.
+
+    Raises:
+        InputError: The string names no device, or one this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f'device {device!r} cannot be used ({reason}); pass "auto", "cpu" or "cuda"') from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    """The dtype to compute in; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
+
+    Processors without bfloat16 units multiply bfloat16 matrices at an eighth of their float32 rate.
+
+    Raises:
+        InputError: The string names no supported dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in _DTYPES:
+        raise InputError(f'dtype {dtype!r} is not one of "auto", {", ".join(map(repr, _DTYPES))}')
+    return _DTYPES[dtype]
+
+
+def load_pretrained(
+    id_or_path: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    revision: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BlockAttentionFacts]:
+    """Load a model for inference, its tokenizer, and what it says about block attention.
+
+    Code from the hub is never run: `trust_remote_code` stays off.
+
+    Raises:
+        InputError: The directory or hub id does not exist, or holds no causal language model.
+    """
+    name = str(id_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"cannot load a causal language model from {name!r}: {reason} "
+            "Pass a directory with config.json and weights, or a Hugging Face model id."
+        ) from error
+    facts_path = cached_file(
+        name,
+        FACTS_FILE,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    facts = BlockAttentionFacts() if facts_path is None else load_facts(Path(facts_path))
+    return model.to(device).eval(), tokenizer, facts

@@ -1,0 +1,114 @@
+"""Choosing tokens: the options of one generation, and the sampler that follows them.
+
+The arithmetic of temperature, top-k, top-p and the repetition penalty is transformers' own.
+Source: https://huggingface.co/docs/transformers/internal/generation_utils
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from blockrag.errors import InputError
+
+__all__ = ["GenerationOptions", "Sampler"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """How an answer is generated.
+
+    Args:
+        max_new_tokens: Upper bound on the answer's tokens, at least one.
+        temperature: 0 for greedy decoding; otherwise tokens are sampled.
+        top_k: Sample among the k most likely tokens; 0 for all.
+        top_p: Sample among the most likely tokens that together have this probability; 1 for all.
+        repetition_penalty: Above 1 makes tokens of the prompt and the answer less likely (arXiv 1909.05858).
+        seed: Makes sampling repeatable; None draws a fresh seed.
+        stop: Strings that end the answer, besides the template's; not part of it.
+        ignore_eos: Go on past the model's end-of-sequence tokens (for measurements).
+
+    Raises:
+        InputError: A value is outside its range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise InputError(f'stop must be a sequence of strings, got the string {self.stop!r}; pass ("{self.stop}",)')
+        object.__setattr__(self, "stop", tuple(self.stop))
+        checks = {
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+            "stop": all(self.stop),
+        }
+        for name, valid in checks.items():
+            if not valid:
+                raise InputError(f"{name}={getattr(self, name)!r} is out of range; see GenerationOptions")
+
+
+class Sampler:
+    """Chooses one token after another as the options say.
+
+    Args:
+        options: The options.
+        device: Where the logits are.
+    """
+
+    def __init__(self, options: GenerationOptions, device: torch.device) -> None:
+        self._greedy = options.temperature == 0
+        self._generator: torch.Generator | None = None
+        processors = LogitsProcessorList()
+        if options.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+        if not self._greedy:
+            self._generator = torch.Generator(device=device)
+            if options.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(options.seed)
+            if options.temperature != 1:
+                processors.append(TemperatureLogitsWarper(options.temperature))
+            if options.top_k:
+                processors.append(TopKLogitsWarper(options.top_k))
+            if options.top_p < 1:
+                processors.append(TopPLogitsWarper(options.top_p))
+        self._processors = processors
+
+    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+        """The next token.
+
+        Args:
+            logits: Logits of the last position, shape (vocabulary,).
+            token_ids: The whole text so far, prompt and answer, for the repetition penalty.
+
+        Returns:
+            A token id.
+        """
+        scores = logits[None]
+        if self._processors:
+            ids = torch.tensor([list(token_ids)], device=logits.device)
+            scores = self._processors(ids, scores.float())
+        if self._greedy:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.float().softmax(-1)[0], 1, generator=self._generator))

@@ -1,0 +1,46 @@
+"""What one answer cost: counted work and measured time, split by step. Plain values, no behavior beyond sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["GenerationTimings", "Usage"]
+
+
+@dataclass(slots=True)
+class Usage:
+    """Work counted while one prompt ran.
+
+    `tokens_reused` came from the store and were not computed; `tokens_computed` went through the model before the
+    first token of the answer (missing blocks and global blocks). `blocks_damaged` are stored copies that failed
+    verification; they are among `blocks_computed`.
+    """
+
+    blocks_reused: int = 0
+    blocks_computed: int = 0
+    blocks_damaged: int = 0
+    tokens_reused: int = 0
+    tokens_computed: int = 0
+    new_tokens: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.tokens_reused + self.tokens_computed
+
+
+@dataclass(slots=True)
+class GenerationTimings:
+    """Wall-clock seconds of one prompt.
+
+    `load_s` is reading and verifying stored blocks, `compose_s` placing and rotating them, `block_prefill_s`
+    computing and storing missing ones, `query_prefill_s` the forward of the global blocks. `ttft_s` runs from the
+    request to the first token and is more than their sum; `decode_s` is everything after it.
+    """
+
+    load_s: float = 0.0
+    compose_s: float = 0.0
+    block_prefill_s: float = 0.0
+    query_prefill_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
