@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, overload
 
 import torch
 
@@ -42,6 +42,22 @@ if TYPE_CHECKING:
     from blockrag.kv import BlockKV
     from blockrag.prompt import Block, PromptTemplate
     from blockrag.stores.protocol import BlockStore
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+class ClosableIterator(Protocol[T_co]):
+    """An iterator that can be stopped early."""
+
+    def __next__(self) -> T_co:
+        """The next piece."""
+        ...
+
+    def close(self) -> None:
+        """Stop."""
+        ...
+
 
 __all__ = ["Attention", "BlockModel", "GenerationStream"]
 
@@ -326,7 +342,7 @@ class BlockModel:
     ) -> Generation:
         """`generate` for one prompt, on the model's worker thread."""
         stream = self.stream(prompt, options, attention=attention, store=store)
-        async for _ in self._pieces(stream):
+        async for _ in self.on_worker(stream):
             pass
         return stream.generation
 
@@ -339,7 +355,7 @@ class BlockModel:
         store: BlockStore | None = None,
     ) -> AsyncIterator[Chunk]:
         """`stream`, on the model's worker thread; leaving the loop early frees the worker and the cache."""
-        async for chunk in self._pieces(self.stream(prompt, options, attention=attention, store=store)):
+        async for chunk in self.on_worker(self.stream(prompt, options, attention=attention, store=store)):
             yield chunk
 
     def start(self, *, attention: Attention | None = None, store: BlockStore | None = None) -> RunningPrompt:
@@ -355,6 +371,18 @@ class BlockModel:
             stop_ids=self.stop_ids,
         )
 
+    async def on_worker(self, pieces: ClosableIterator[T]) -> AsyncIterator[T]:
+        """Iterate over something that runs this model, one step at a time, on the model's worker thread.
+
+        Leaving the loop early closes the iterator, behind a step that is still running.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            while (piece := await loop.run_in_executor(self._worker, next, pieces, None)) is not None:
+                yield piece
+        finally:
+            self._worker.submit(pieces.close)
+
     def reference_logits(self, blocks: Sequence[Block]) -> torch.Tensor:
         """Logits (tokens, vocabulary) of one forward under the dense block mask: the oracle, for tests."""
         with self._lock:
@@ -364,15 +392,6 @@ class BlockModel:
                 [block.token_ids for block in blocks],
                 [block.local for block in blocks],
             )
-
-    async def _pieces(self, stream: GenerationStream) -> AsyncIterator[Chunk]:
-        loop = asyncio.get_running_loop()
-        try:
-            while (chunk := await loop.run_in_executor(self._worker, next, stream, None)) is not None:
-                yield chunk
-        finally:
-            # Queued behind a step that is still running, so that the cache is not pulled from under it.
-            self._worker.submit(stream.close)
 
     def _materialize_together(self, prompts: Sequence[SegmentedPrompt], store: BlockStore) -> None:
         profile = self._composable()

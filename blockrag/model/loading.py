@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from blockrag.demo import checkpoint_path
 from blockrag.errors import InputError
 from blockrag.model.facts import FACTS_FILE, BlockAttentionFacts, load_facts
 
@@ -63,12 +64,14 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BlockAttentionFacts]:
     """Load a model for inference, its tokenizer, and what it says about block attention.
 
+    "demo" is the small model that ships with blockrag.
+
     Code from the hub is never run: `trust_remote_code` stays off.
 
     Raises:
         InputError: The directory or hub id does not exist, or holds no causal language model.
     """
-    name = str(id_or_path)
+    name = str(checkpoint_path() if id_or_path == "demo" else id_or_path)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
