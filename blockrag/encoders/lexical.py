@@ -50,8 +50,8 @@ _ROWS_AT_ONCE = 1024
 _STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an and are as at be been by did do does for from had has have how in is it its of on or that the this to was "
-        "were what when where which who whom whose why with",
+        "a an and are as at be been by did do does for from had has have how in is it its of on or that the this to "
+        "was were what when where which who whom whose why with",
     )
 )
 
