@@ -9,9 +9,9 @@ other groups are hostile or exotic: they are cut at the control tokens of their 
 tokenized with `split_special_tokens=True`, and where a control id still appears (added tokens that are not special, a
 normalizer that changes spelling) the text is cut inside the offending spelling until none does.
 
-Control tokens are a tokenizer's special tokens, and its other added tokens except plain vocabulary: white space (runs
-of spaces or newlines), single characters, and words (they begin and end with a letter or a digit). Those carry no
-structure, and training saw them as text.
+Control tokens are a tokenizer's special and other added tokens, except for white space (runs of spaces or newlines),
+single characters, and those words among them that are not special (they begin and end with a letter or a digit): these
+carry no structure, and training saw them as text. The tokens of a tokenizer must not change once it is in use.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ import threading
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from blockrag.errors import PromptError
 from blockrag.prompt.segment import Block, BlockKind
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AddedToken, PreTrainedTokenizerBase
 
 __all__ = ["Draft", "Span", "check_text", "content", "encode_drafts", "markup"]
 
 # Fast tokenizers keep `split_special_tokens` as state of the shared backend, so two threads with different values
 # would race; the check of the ids below would catch it, but then the ids would depend on timing.
 _LOCK = threading.Lock()
+# Control tokens by tokenizer, with the tokenizer's size when they were listed.
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, _ControlTokens]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,7 @@ def _cut_inside(text: str, control: _ControlTokens) -> list[str]:
     cuts = [cut for cut in cuts if 0 < cut < len(text)]
     if not cuts:
         raise PromptError(
-            f"the character {text!r} is a control token of this tokenizer and cannot be shown to the model as text; "
+            f"the character {text!r} becomes a control token of this tokenizer and cannot be shown as text; "
             "remove it from the text"
         )
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -230,32 +232,18 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, split: bo
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> _ControlTokens:
-    added = tokenizer.added_tokens_decoder
-    facts = {
-        (token_id, token.content, token.lstrip, token.rstrip)
-        for token_id, token in added.items()
-        if token.special or _is_structural(token.content)
-    }
-    known = {token_id for token_id, *_ in facts}
-    for text, token_id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
-        if token_id not in known:
-            facts.add((token_id, str(text), False, False))
-    return _compile(tuple(sorted(facts)))
+    """The control tokens; kept per tokenizer, for some have thousands and listing them takes as long as a prompt."""
+    size = len(tokenizer)
+    known_size, control = _KNOWN.get(tokenizer, (-1, None))
+    if control is None or known_size != size:
+        control = _list_control_tokens(tokenizer)
+        _KNOWN[tokenizer] = (size, control)
+    return control
 
 
-def _is_structural(text: str) -> bool:
-    """Whether an added token that is not special may carry structure: it begins or ends with a mark, like `<think>`."""
-    text = text.strip()
-    return len(text) > 1 and not (_is_word_character(text[0]) and _is_word_character(text[-1]))
-
-
-def _is_word_character(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LMN"
-
-
-@lru_cache(maxsize=16)
-def _compile(facts: tuple[tuple[int, str, bool, bool], ...]) -> _ControlTokens:
-    tokens = [_ControlToken(token_id, text, left, right) for token_id, text, left, right in facts if text]
+def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> _ControlTokens:
+    added = tokenizer.added_tokens_decoder.items()
+    tokens = [_ControlToken(i, token.content, token.lstrip, token.rstrip) for i, token in added if _is_control(token)]
     # Longest first: the backends match the longest spelling at the leftmost place.
     spellings = sorted((re.escape(token.text) for token in tokens), key=len, reverse=True)
     expression = "|".join(spellings) or "(?!)"
@@ -265,3 +253,15 @@ def _compile(facts: tuple[tuple[int, str, bool, bool], ...]) -> _ControlTokens:
         pattern=re.compile(expression),
         any_case=re.compile(expression, re.IGNORECASE),
     )
+
+
+def _is_control(token: AddedToken) -> bool:
+    """Whether an added token may carry structure: it is special, or begins or ends with a mark like `<think>`."""
+    text = token.content.strip()
+    if len(text) < 2:
+        return False
+    return token.special or not (_is_word_character(text[0]) and _is_word_character(text[-1]))
+
+
+def _is_word_character(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LMN"
