@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["BlockStore", "DiskStore", "MemoryStore", "StoreStats", "open_store", "parse_bytes"]
 
 _SCHEMES = {"memory": "memory://?max_bytes=2GB", "disk": "disk:///path?max_bytes=200GB"}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", re.IGNORECASE)
 
 
 def open_store(url: str) -> BlockStore:

@@ -235,11 +235,16 @@ class _SafeDisk(diskcache.Disk):  # type: ignore[misc]
                 written += file.write(view[written:])
 
 
-class _Connection(sqlite3.Connection):
-    """Closes itself with the thread that opened it, instead of leaking its file handles."""
+class _Lease:
+    """One thread's connection; closes it when the thread ends, where waiting for a collection would pile up handles."""
+
+    __slots__ = ("__weakref__", "connection")
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
 
     def __del__(self) -> None:
-        self.close()
+        self.connection.close()
 
 
 class _SafeCache(diskcache.Cache):  # type: ignore[misc]
@@ -251,21 +256,21 @@ class _SafeCache(diskcache.Cache):  # type: ignore[misc]
 
     def __init__(self, directory: str) -> None:
         self._pid = os.getpid()
-        self._inherited: list[_Connection] = []
-        self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._inherited: list[_Lease] = []
+        self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
         super().__init__(directory, timeout=_BUSY_S, disk=_SafeDisk, **_SETTINGS)
 
     @property
-    def _con(self) -> _Connection:
+    def _con(self) -> sqlite3.Connection:
         if self._pid != os.getpid():
             # After a fork the parent's connections must be neither used nor closed (sqlite.org/howtocorrupt.html).
-            self._inherited = [*self._connections]
-            self._pid, self._local, self._connections = os.getpid(), threading.local(), weakref.WeakSet()
-        connection: _Connection | None = getattr(self._local, "con", None)
-        if connection is None:
-            connection = self._local.con = _connect(self._directory)
-            self._connections.add(connection)
-        return connection
+            self._inherited = [*self._leases]
+            self._pid, self._local, self._leases = os.getpid(), threading.local(), weakref.WeakSet()
+        lease: _Lease | None = getattr(self._local, "lease", None)
+        if lease is None:
+            lease = self._local.lease = _Lease(_connect(self._directory))
+            self._leases.add(lease)
+        return lease.connection
 
     def execute(self, statement: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         """Run one statement on this thread's connection."""
@@ -286,10 +291,10 @@ class _SafeCache(diskcache.Cache):  # type: ignore[misc]
     def close(self) -> None:
         """Close this process's connections, those of other threads too."""
         if self._pid == os.getpid():
-            for connection in list(self._connections):
-                connection.close()
-            self._connections.clear()
-            self._local.con = None
+            for lease in list(self._leases):
+                lease.connection.close()
+            self._leases.clear()
+            self._local.lease = None
 
 
 class DiskStore:
@@ -415,15 +420,8 @@ class DiskStore:
             InputError: A malformed key.
             StoreError: The store is closed, cannot be written, or its index is damaged.
         """
-        removed = 0
         with self._translated("write to"):
-            for chunk in _chunks({check_key(key) for key in keys}):
-                with self._write() as discard:
-                    query = f"SELECT rowid, filename FROM Cache WHERE raw = 1 AND key IN ({_marks(chunk)})"
-                    rows = self._cache.execute(query, chunk).fetchall()
-                    self._drop(rows, discard)
-                removed += len(rows)
-        return removed
+            return sum(self._delete(chunk) for chunk in _chunks({check_key(key) for key in keys}))
 
     def keys(self) -> Iterator[str]:
         """All keys in the index, in the order in which they were first stored.
@@ -592,6 +590,26 @@ class DiskStore:
             self._drop(victims, discard)
         return len(victims)
 
+    def _delete(self, keys: Sequence[str]) -> int:
+        query = f"SELECT rowid, filename FROM Cache WHERE raw = 1 AND key IN ({_marks(keys)})"
+        try:
+            with self._write() as discard:
+                rows = self._cache.execute(query, keys).fetchall()
+                self._drop(rows, discard)
+            return len(rows)
+        except (sqlite3.Error, diskcache.Timeout) as error:
+            if not isinstance(_translate(error, self._root, "write to"), StoreFullError):
+                raise
+        # On a full disk the transaction has no room either. Removing the files first makes some; should it fail again,
+        # their rows read as missing blocks.
+        for _, filename in self._cache.execute(query, keys).fetchall():
+            if filename is not None:
+                self._disk.remove(filename)
+        with self._write() as discard:
+            rows = self._cache.execute(query, keys).fetchall()
+            self._drop(rows, discard)
+        return len(rows)
+
     def _drop(self, rows: Sequence[tuple[int, str | None]], discard: Callable[[str | None], None]) -> None:
         for rowid, filename in rows:
             self._cache.execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
@@ -647,15 +665,10 @@ def _read_exactly(handle: int, size: int) -> memoryview | None:
     return view
 
 
-def _connect(directory: str) -> _Connection:
+def _connect(directory: str) -> sqlite3.Connection:
     """A connection in autocommit mode; closing it from another thread is allowed, using it there is not done."""
-    connection = sqlite3.connect(
-        str(Path(directory) / DBNAME),
-        timeout=_BUSY_S,
-        isolation_level=None,
-        check_same_thread=False,
-        factory=_Connection,
-    )
+    path = str(Path(directory) / DBNAME)
+    connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
     for pragma in _PRAGMAS:
         connection.execute(f"PRAGMA {pragma}").close()
     return connection
