@@ -20,7 +20,7 @@ from blockrag.ingest import delete, ingest
 from blockrag.model.block_model import Attention, BlockModel
 from blockrag.model.running import Chunk, FinishReason, Generation, RunningPrompt
 from blockrag.model.sampling import GenerationOptions
-from blockrag.stores import MemoryStore, open_store
+from blockrag.stores import DiskStore, MemoryStore
 
 if TYPE_CHECKING:
     import torch
@@ -191,9 +191,7 @@ class BlockRAG:
         if path is None:
             store = MemoryStore(max_bytes=max_bytes)
         else:
-            Path(path).mkdir(parents=True, exist_ok=True)
-            limit = "" if max_bytes is None else f"?max_bytes={max_bytes}"
-            store = open_store(f"disk://{(Path(path) / 'kv').resolve()}{limit}")
+            store = DiskStore(Path(path) / "kv", max_bytes=max_bytes)
         language_model = BlockModel.from_pretrained(
             model,
             device=device,
@@ -241,8 +239,9 @@ class BlockRAG:
         return delete(document_id, index=self.index, store=self.store)
 
     def search(self, question: str, k: int | None = None, *, where: Mapping[str, object] | None = None) -> list[Hit]:
-        """The passages that match a question best, best first."""
-        return self.index.search(question, self.top_k if k is None else k, where=where) if self.top_k or k else []
+        """The passages that match a question best, best first; `k=0` finds none."""
+        count = self.top_k if k is None else k
+        return self.index.search(question, count, where=where) if count else []
 
     def query(
         self,
