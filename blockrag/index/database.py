@@ -181,7 +181,9 @@ class PassageDatabase:
         Reading inside a transaction joins it.
         """
         with self._lock:
-            if self._connection.in_transaction and not writing:
+            with self._translated():
+                joins = not writing and self._connection.in_transaction
+            if joins:
                 yield
                 return
             self._run("BEGIN IMMEDIATE" if writing else "BEGIN")
@@ -203,8 +205,6 @@ class PassageDatabase:
         except sqlite3.DataError as error:
             raise InputError(f"a text or id is too big for the passage database ({error}); split it") from error
         except sqlite3.OperationalError as error:
-            if "malformed" in str(error):
-                raise self._damaged(str(error)) from error
             raise PassageIndexError(
                 f"{self._where}: {error}; another process may hold it, or the directory may be missing, full or "
                 "read-only: free it and try again"

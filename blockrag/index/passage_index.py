@@ -200,7 +200,10 @@ class PassageIndex:
 
     def _embed(self, passages: Sequence[Passage], vectors: dict[tuple[str, str], Vectors]) -> None:
         """Add the vectors that `vectors` lacks, by title and text."""
-        missing = {(p.title, p.text): p for p in passages if (p.title, p.text) not in vectors}
+        missing: dict[tuple[str, str], Passage] = {}
+        for passage in passages:
+            if (passage.title, passage.text) not in vectors:
+                missing.setdefault((passage.title, passage.text), passage)
         if not missing:
             return
         embedded = self._encoder.encode_passages(list(missing.values()))

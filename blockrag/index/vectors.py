@@ -83,10 +83,13 @@ class VectorIndex:
 
     @property
     def worn(self) -> bool:
-        """Whether building anew would pay: mostly removed rows, or lists trained on a quarter of the rows or less."""
+        """Whether building anew would pay: mostly removed rows, or four times or a quarter of the rows trained on."""
+        rows = len(self._rows)
         if self.kind == "hnsw":
-            return len(self._dead) > max(len(self._rows), 64)
-        return self.kind == "ivf" and len(self._rows) >= max(_IVF_MIN_ROWS, 4 * self._trained_on)
+            return len(self._dead) > max(rows, 64)
+        if self._trained_on:
+            return not self._trained_on < 4 * rows < 16 * self._trained_on
+        return self.kind == "ivf" and rows >= _IVF_MIN_ROWS
 
     def add(self, rows: Rows, vectors: Vectors) -> None:
         """Add vectors `[n, dimension]` float32 under new rows, each larger than any row ever added."""
@@ -164,17 +167,16 @@ class VectorIndex:
         def write(data: bytes) -> int:
             digest.update(data)
             try:
-                return file.write(data)
+                return 0 if failure else file.write(data)
             except OSError as error:
-                # FAISS would turn it into a RuntimeError without the errno.
                 failure.append(error)
                 return 0
 
         file.write(bytes(_HEADER_BYTES))
-        try:
-            faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, _CHUNK_BYTES))
-        except RuntimeError as error:
-            raise (failure or [OSError(str(error))])[0] from error
+        faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, _CHUNK_BYTES))
+        # FAISS goes on after a failed write and reports nothing.
+        if failure:
+            raise failure[0]
         header = {
             "magic": _MAGIC,
             "kind": self.kind,
