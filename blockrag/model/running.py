@@ -10,10 +10,12 @@ The tests hold the two against each other.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Literal
 
@@ -95,6 +97,8 @@ class RunningPrompt:
     logits: torch.Tensor | None = None
     _regime: Regime | None = None
     _pending: list[int] = field(default_factory=list)
+    # Tokens the cache has seen; recurrent caches cannot tell.
+    _placed: int = 0
     _started: float = 0.0
 
     def extend(self, blocks: Sequence[Block], *, room: int) -> None:
@@ -102,7 +106,7 @@ class RunningPrompt:
 
         Args:
             blocks: Local blocks attend to themselves only; a global block sees everything before it.
-            room: Tokens to make room for behind the blocks.
+            room: Tokens to make room for behind the blocks; no more than the model can place are reserved.
 
         Raises:
             PromptTooLongError: The prompt exceeds what the model can place.
@@ -110,9 +114,9 @@ class RunningPrompt:
         self._started = time.perf_counter()
         self.usage, self.timings = Usage(), GenerationTimings()
         added = sum(len(block.token_ids) for block in blocks) + len(self._pending)
-        self._admit(len(self.token_ids) - len(self._pending) + added)
+        limit = self._admit(len(self.token_ids) - len(self._pending) + added)
         if self.cache is None:
-            self.cache = self._new_cache(blocks, added, room)
+            self.cache = self._new_cache(blocks, added, room if limit is None else min(room, limit))
         for is_local, run in groupby(blocks, key=lambda block: block.local):
             if is_local:
                 self._compose(list(run))
@@ -158,6 +162,9 @@ class RunningPrompt:
                 break
             self._forward(self._take_pending())
         rest = stream.finish()
+        if stream.stopped:
+            # The last token may complete a stop string and begin a character that never came.
+            reason = "stop"
         if rest:
             yield Chunk(rest, generated[-1])
         self.timings.decode_s = time.perf_counter() - first_token_at
@@ -172,10 +179,11 @@ class RunningPrompt:
     def _room_after(self, prompt_tokens: int) -> int | None:
         return None if self.source is None else self.source.profile.room_after(prompt_tokens)
 
-    def _admit(self, prompt_tokens: int) -> None:
-        self._room_after(prompt_tokens)
+    def _admit(self, prompt_tokens: int) -> int | None:
+        """Check that a prompt of that many tokens can be placed; returns the tokens that may follow it."""
+        room = self._room_after(prompt_tokens)
         if self.source is None:
-            return
+            return room
         profile = self.source.profile
         regime = profile.regime_for(prompt_tokens)
         if self._regime is not None and regime is not self._regime:
@@ -184,6 +192,7 @@ class RunningPrompt:
                 "model's short position factors hold; start a new conversation"
             )
         self._regime = regime
+        return room
 
     def _new_cache(self, blocks: Sequence[Block], num_tokens: int, room: int) -> Cache:
         if self.source is None:
@@ -221,6 +230,7 @@ class RunningPrompt:
         composition.rotate()
         self.timings.compose_s += time.perf_counter() - started
         self.token_ids.extend(token for block in blocks for token in block.token_ids)
+        self._placed += sum(lengths)
 
     def _forward_block(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
@@ -238,18 +248,26 @@ class RunningPrompt:
         """Run tokens behind the cache; they see everything in it."""
         if self.cache is None:
             raise AssertionError("extend() opens the cache before anything runs")
-        start = int(self.cache.get_seq_length())
+        accepted = _forward_parameters(type(self.model).forward)
         device = self.model.device
+        arguments: dict[str, object] = {
+            # Models without attention have another name for the cache, and no positions.
+            "past_key_values" if "past_key_values" in accepted else "cache_params": self.cache,
+        }
+        if "position_ids" in accepted:
+            positions = torch.arange(self._placed, self._placed + len(token_ids), device=device)
+            arguments["position_ids"] = positions[None]
+        ids = torch.tensor([list(token_ids)], device=device)
         with self.lock:
-            output = self.model(
-                input_ids=torch.tensor([list(token_ids)], device=device),
-                position_ids=torch.arange(start, start + len(token_ids), device=device)[None],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments)
+        self._placed += len(token_ids)
         self.logits = output.logits[0, -1]
 
     def _take_pending(self) -> list[int]:
         pending, self._pending = self._pending, []
         return pending
+
+
+@cache
+def _forward_parameters(forward: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
