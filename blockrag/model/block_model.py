@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args, overload
 
 import torch
 
+from blockrag.codec import Precision
 from blockrag.errors import InputError, UnsupportedModelError
 from blockrag.fingerprint import Fingerprint, hash_json, hash_tensors, hash_tokenizer
 from blockrag.model.blocks import BlockSource, MaterializeReport
@@ -38,7 +39,6 @@ from blockrag.stores import MemoryStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from blockrag.codec import Precision
     from blockrag.kv import BlockKV
     from blockrag.prompt import Block, PromptTemplate
     from blockrag.stores.protocol import BlockStore
@@ -90,6 +90,7 @@ class BlockModel:
 
     Raises:
         UnsupportedModelError: With attention="block", when the model's KV states cannot be composed exactly.
+        InputError: An attention or precision there is not.
 
     Warns:
         NotBlockFineTunedWarning: With attention="block", when the model is not known to be block-fine-tuned.
@@ -113,7 +114,7 @@ class BlockModel:
         self.facts = facts or BlockAttentionFacts()
         self.template = template or self.facts.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
         self.store: BlockStore = MemoryStore(max_bytes=_DEFAULT_STORE_BYTES) if store is None else store
-        self.precision: Precision = precision or _default_precision(model.dtype)
+        self.precision: Precision = _checked_precision(precision or _default_precision(model.dtype))
         self.namespace = namespace
         self._pool = BufferPool()
         self._lock = threading.RLock()
@@ -400,7 +401,7 @@ class BlockModel:
             by_regime.setdefault(profile.regime_for(prompt.num_tokens).name, []).extend(prompt.local_blocks)
         for regime in profile.regimes:
             if blocks := by_regime.get(regime.name):
-                self._source.materialize(blocks, regime, store, None)
+                self._source.materialize(blocks, regime, store, None, must_store=False)
 
     def _mode(self, attention: Attention | None) -> Attention:
         mode = self.attention if attention is None else _checked_attention(attention)
@@ -498,6 +499,12 @@ def _checked_attention(attention: Attention) -> Attention:
     if attention not in ("block", "full"):
         raise InputError(f'attention={attention!r} is neither "block" nor "full"')
     return attention
+
+
+def _checked_precision(precision: Precision) -> Precision:
+    if precision not in get_args(Precision):
+        raise InputError(f"precision={precision!r} is not one of {', '.join(map(repr, get_args(Precision)))}")
+    return precision
 
 
 def _default_precision(dtype: torch.dtype) -> Precision:

@@ -129,16 +129,21 @@ class BlockSource:
         regime: Regime,
         store: BlockStore,
         on_block: Callable[[Block, bool, int], None] | None,
+        *,
+        must_store: bool = True,
     ) -> MaterializeReport:
-        """Store the blocks that the store lacks; see `BlockModel.materialize`."""
+        """Store the blocks that the store lacks; see `BlockModel.materialize`.
+
+        With `must_store=False` a block that the store refuses is logged and not an error.
+        """
         by_key = {self.key(block.token_ids, regime): block for block in blocks}
         stored = store.contains_many(by_key)
-        for key in stored:
-            if on_block is not None:
-                on_block(by_key[key], True, 0)
+        for key, block in by_key.items():
+            if key in stored and on_block is not None:
+                on_block(block, True, 0)
         missing = [(key, block.token_ids) for key, block in by_key.items() if key not in stored]
         bytes_new = 0
-        for key, _, nbytes in self._compute(missing, regime, store, must_store=True):
+        for key, _, nbytes in self._compute(missing, regime, store, must_store=must_store):
             bytes_new += nbytes
             if on_block is not None:
                 on_block(by_key[key], False, nbytes)
