@@ -138,8 +138,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self._length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (transformers passes a negative number)."""
-        self._set_length(self._length - abs(tokens_to_remove))
+        """Forget the last `-tokens_to_remove` tokens, or all there are.
+
+        Raises:
+            ValueError: The number is positive, which meant a final length in older releases of transformers.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) is ambiguous; pass the tokens to remove as a negative number")
+        self._set_length(max(0, self._length + tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget all tokens; the room stays."""
+        self._set_length(0)
 
     def _adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Continue on tensors of another batch size (beam search); leaves the pooled buffer."""
@@ -221,9 +231,26 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         return visible + query_length, self.cumulative_length - visible
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; exact while everything the window then reaches is still held."""
+        """Forget the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: The number is positive.
+            RuntimeError: The next token would see tokens that were dropped already.
+        """
+        held = max(0, self._rows.get_seq_length() + tokens_to_remove)
+        if self._skipped and tokens_to_remove < 0 and held < self.sliding_window - 1:
+            raise RuntimeError(
+                f"cannot forget {-tokens_to_remove} of the {self._rows.get_seq_length()} tokens this layer holds: "
+                f"a window of {self.sliding_window} would reach before those; compose the prompt again"
+            )
         self._rows.crop(tokens_to_remove)
-        self._show(min(self._rows.get_seq_length(), self.sliding_window - 1))
+        self._show(min(held, self.sliding_window - 1))
+
+    def reset(self) -> None:
+        """Forget all tokens; the room stays."""
+        self._rows.reset()
+        self._skipped = 0
+        self._show(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the batch for beam search."""
