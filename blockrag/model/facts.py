@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockrag.errors import InputError
+from blockrag.errors import InputError, PromptError
 from blockrag.prompt import PromptTemplate
 
 __all__ = ["FACTS_FILE", "BlockAttentionFacts", "NotBlockFineTunedWarning", "load_facts", "save_facts"]
@@ -54,14 +54,23 @@ def load_facts(path: Path) -> BlockAttentionFacts:
         if raw.pop("format") != _FORMAT:
             raise InputError(f"{path.name} has another format than {_FORMAT}; update blockrag to read it")
         template = raw.pop("template", None)
-        return BlockAttentionFacts(
+        facts = BlockAttentionFacts(
             template=None if template is None else PromptTemplate.from_dict(template),
             **raw,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except PromptError as error:
+        raise InputError(f"{path}: {error}") from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is not a valid {FACTS_FILE} ({error}); delete it or save the model again") from error
+    # A string such as "no" would count as true.
+    counts = (facts.max_blocks, facts.max_tokens)
+    if not isinstance(facts.block_fine_tuned, bool | None) or not all(
+        type(count) in (int, type(None)) for count in counts
+    ):
+        raise InputError(f"{path} holds a value of the wrong type in {raw}; delete it or save the model again")
+    return facts
 
 
 def save_facts(facts: BlockAttentionFacts, directory: Path) -> Path:
