@@ -31,8 +31,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=resolved).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f'device {device!r} cannot be used ({reason}); pass "auto", "cpu" or "cuda"') from error
     return resolved
@@ -75,7 +75,8 @@ def load_pretrained(
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # Damaged weights and tokenizers raise plain Exception and RuntimeError from the libraries that read them.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"cannot load a causal language model from {name!r}: {reason} "

@@ -33,7 +33,7 @@ class GenerationOptions:
         top_k: Sample among the k most likely tokens; 0 for all.
         top_p: Sample among the most likely tokens that together have this probability; 1 for all.
         repetition_penalty: Above 1 makes tokens of the prompt and the answer less likely (arXiv 1909.05858).
-        seed: Makes sampling repeatable; None draws a fresh seed.
+        seed: Makes sampling repeatable, 64 bits; None draws a fresh seed.
         stop: Strings that end the answer, besides the template's; not part of it.
         ignore_eos: Go on past the model's end-of-sequence tokens (for measurements).
 
@@ -60,7 +60,8 @@ class GenerationOptions:
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
-            "stop": all(self.stop),
+            "seed": self.seed is None or -(1 << 63) <= self.seed < 1 << 64,
+            "stop": all(isinstance(s, str) and s for s in self.stop),
         }
         for name, valid in checks.items():
             if not valid:
