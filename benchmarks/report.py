@@ -1,0 +1,213 @@
+"""A benchmark's result as files: JSON with every sample, a Markdown table, a plot. It measures nothing itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["markdown", "plot", "write_report"]
+
+_LABELS = {
+    "full": "full prefill",
+    "cold": "blocks, none stored",
+    "disk-uncached": "blocks from disk, not cached",
+    "disk": "blocks from disk, page cache",
+    "memory": "blocks from memory",
+}
+# Color-blind safe (Okabe and Ito, https://jfly.uni-koeln.de/color/); markers keep the lines apart in gray.
+_STYLES: dict[str, dict[str, Any]] = {
+    "full": {"color": "#D55E00", "marker": "o"},
+    "cold": {"color": "#E69F00", "marker": "D"},
+    "disk-uncached": {"color": "#56B4E9", "marker": "v"},
+    "disk": {"color": "#0072B2", "marker": "s"},
+    "memory": {"color": "#009E73", "marker": "^"},
+}
+_PART_LABELS = {
+    "load_s": "load",
+    "compose_s": "compose",
+    "block_prefill_s": "block prefill",
+    "query_prefill_s": "query",
+    "other_s": "other",
+}
+
+
+def write_report(result: dict[str, Any], directory: Path) -> str:
+    """Write `ttft.json`, `ttft.md` and `ttft.png` into a directory; returns the Markdown.
+
+    Args:
+        result: What `ttft.py` measured.
+        directory: Created if it is not there; files of an earlier run are replaced.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    text = markdown(result)
+    (directory / "ttft.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    (directory / "ttft.md").write_text(text, "utf-8")
+    plot(result, directory / "ttft.png")
+    return text
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Times by length, where the warm ones go, and how it was measured."""
+    modes = result["settings"]["modes"]
+    sections = [
+        f"# Time to first token: {result['model']['shape']} on {_place(result)}",
+        "Median (least to most) in milliseconds; in brackets the lower bound from this machine's own rates.",
+        _times_table(result["points"], modes),
+        "Where the time goes, medians in milliseconds; processor time is that of all threads, without waiting:",
+        _parts_table(result["points"], modes),
+        _provenance(result),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _times_table(points: list[dict[str, Any]], modes: list[str]) -> str:
+    ratios = [mode for mode in ("disk", "memory") if mode in modes and "full" in modes]
+    header = ["prompt tokens", "blocks", "at rest"]
+    header += [_LABELS[mode] for mode in modes] + [f"full / {mode}" for mode in ratios]
+    rows = []
+    for point in points:
+        row = [f"{point['prompt_tokens']:,}", str(point["blocks"]), f"{point['bytes_at_rest'] / 1e6:.1f} MB"]
+        row += [_time_cell(point["modes"][mode]) for mode in modes]
+        row += [f"{point['full_over'][mode]:.1f}x" for mode in ratios]
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _time_cell(entry: dict[str, Any]) -> str:
+    spread = entry["ttft_s"]
+    least, most = _ms(spread["min"]), _ms(spread["max"])
+    return f"**{_ms(spread['median'])}** ({least} to {most}) [{_ms(entry['bound_s'])}]"
+
+
+def _parts_table(points: list[dict[str, Any]], modes: list[str]) -> str:
+    rows = []
+    for point in points:
+        for mode in modes:
+            parts = point["modes"][mode]["parts_s"]
+            rows.append([f"{point['prompt_tokens']:,}", _LABELS[mode], *(_ms(parts[name]) for name in _PART_LABELS)])
+            rows[-1].append(_ms(point["modes"][mode]["processor_s"]))
+    return _table(["prompt tokens", "mode", *_PART_LABELS.values(), "processor time"], rows)
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    machine, rates, settings = result["machine"], result["rates"], result["settings"]
+    model, load = result["model"], result["load_average"]
+    least, most = settings["block_tokens"]
+    lines = [
+        f"`{result['command']}`",
+        f"commit {result['commit'][:12]}{' with local changes' if result['modified'] else ''}; "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        f"{_place(result)} of a machine with {machine['cores']} cores; "
+        f"load average {load['before']} before, {load['after']} after"
+        + (f"; {result['note']}" if result["note"] else ""),
+        f"measured in the run: copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"matrix product {_rate(rates['matrix_flops_per_s'])} in {model['compute_dtype']}",
+        f"{_count(model['parameters'])} parameters, random; {model['layers']} layers, "
+        f"{model['attention_heads']} query and {model['kv_heads']} key heads; "
+        f"computes in {model['compute_dtype']}, keeps {model['precision_at_rest']}, "
+        f"{model['kv_bytes_per_token_at_rest']:,} bytes per token",
+        f"query of {settings['query_tokens']} tokens, passages of {least} to {most}; n = {settings['repeats']} after "
+        "one dropped round, modes taking turns; buffers are reused, as in a process that serves many requests",
+    ]
+    if machine["device"] != "cpu":
+        lines.append("parts are times of the host, which runs ahead of the GPU; the whole waits for the GPU")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time to first token by prompt length, both logarithmic, with how many times faster the fastest warm mode is.
+
+    Args:
+        result: What `ttft.py` measured.
+        path: Where the PNG goes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    points, modes = result["points"], result["settings"]["modes"]
+    lengths = [point["prompt_tokens"] for point in points]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for mode in modes:
+        spreads = [point["modes"][mode]["ttft_s"] for point in points]
+        medians = [spread["median"] for spread in spreads]
+        axes.plot(lengths, medians, label=_LABELS[mode], linewidth=2, markersize=6, **_STYLES[mode])
+        axes.fill_between(
+            lengths,
+            [spread["min"] for spread in spreads],
+            [spread["max"] for spread in spreads],
+            color=_STYLES[mode]["color"],
+            alpha=0.15,
+            linewidth=0,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _annotate_ratios(axes, points, modes)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _duration(seconds)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"prompt length, tokens (the last {result['settings']['query_tokens']} are the query)")
+    axes.set_ylabel("time to first token")
+    axes.grid(which="major", color="#DDDDDD", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    model = result["model"]
+    figure.suptitle(f"Time to first token, {model['shape']} ({_count(model['parameters'])} parameters)", fontsize=13)
+    axes.set_title(
+        f"{_place(result)}; medians of {result['settings']['repeats']}, bands from least to most", fontsize=9
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _annotate_ratios(axes: Any, points: list[dict[str, Any]], modes: list[str]) -> None:
+    """A line from each full prefill down to the memory mode, with the ratio beside it."""
+    if "full" not in modes or "memory" not in modes:
+        return
+    for point in points:
+        high, low = (point["modes"][mode]["ttft_s"]["median"] for mode in ("full", "memory"))
+        length = point["prompt_tokens"]
+        axes.vlines(length, low, high, color="#888888", linewidth=0.8, linestyle=":", zorder=0)
+        axes.annotate(
+            f"{high / low:.1f}x" if high < 10 * low else f"{high / low:.0f}x",
+            (length, high),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=10,
+            fontweight="bold",
+            color=_STYLES["full"]["color"],
+        )
+
+
+def _place(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    if "gpu" in machine:
+        return str(machine["gpu"])
+    threads = machine["torch_threads"]
+    return f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---:"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ms(seconds: float) -> str:
+    milliseconds = seconds * 1000
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:g} s" if seconds >= 1 else f"{seconds * 1000:g} ms"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.{0 if count >= 1e7 else 1}f} M"
+
+
+def _rate(flops_per_s: float) -> str:
+    return f"{flops_per_s / 1e12:.1f} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.0f} GFLOP/s"
