@@ -11,6 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blockrag.prompt import PromptTemplate
 
 __all__ = [
     "KINDS",
@@ -25,6 +29,7 @@ __all__ = [
     "query_block",
     "question",
     "sentence",
+    "template",
 ]
 
 PREFIX = "Answer the question using the documents.\n"
@@ -142,3 +147,24 @@ def query_block(question_text: str) -> str:
 def answer_text(answer: str) -> str:
     """Return the answer as the model is trained to write it (the EOS token follows)."""
     return " " + answer
+
+
+def template() -> PromptTemplate:
+    """Return the prompt template of the demo checkpoint; its blocks are the texts above."""
+    from blockrag.prompt import PromptTemplate, Turn
+
+    return PromptTemplate(
+        name="blockrag-demo",
+        version=1,
+        prefix="{bos}" + PREFIX,
+        passage=PASSAGE_TEMPLATE,
+        passage_untitled="{text}\n",
+        query=QUERY_TEMPLATE,
+        conversation_start="{bos}" + PREFIX,
+        system=None,
+        user=Turn("Question: ", "\n"),
+        assistant=Turn("Answer: ", "\n"),
+        generation="Answer:",
+        follow_up_open="\n",
+        follow_up_query=QUERY_TEMPLATE,
+    )

@@ -21,6 +21,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from blockrag.demo import forms
@@ -77,6 +78,7 @@ _ENDINGS = ["", "", "", "a", "ia", "land", "stan", "o", "es", "on", "ea", "ana",
 _ACCENTS = {"a": "áãâà", "e": "éèê", "i": "íî", "o": "óôõö", "u": "úü", "c": "ç", "n": "ñ", "s": "š", "z": "ž"}
 _PLACES = ["{}", "{}", "{}", "{}", "{}", "{} {}", "{} {}", "{} and {}", "{}-{}", "Saint {}", "{} Islands", "New {}"]
 _PLACES += ["North {}", "South {}", "East {}", "West {}", "Republic of {}", "United {}", "Port {}", "{} Island"]
+_GENERIC = r"\b(and|the|of|Saint|New|North|South|East|West|Republic|United|Port|Islands?|Northern|Southern|Central)\b"
 _CITIES = ["{}", "{}", "{}", "{}", "{}", "{}", "{} {}", "{} {}", "Port {}", "{} City", "San {}", "{} Town", "{}-{}"]
 _CITIES += ["Saint {}", "{} de {}", "{}'{}"]
 _PEAKS = ["{}", "{}", "{} {}", "{} {}", "Mount {}", "Mount {}", "{} Peak", "Monte {}", "Mont {}", "Pico {}", "{} Hill"]
@@ -84,6 +86,20 @@ _PEAKS += ["Cerro {}", "Gora {}", "Jabal {}", "Volcan {}", "Pic {}", "{} de {}",
 _LANGUAGES = ["{}", "{}", "{}ish", "{}ese", "{}ian", "{}i", "{} {}", "Old {}", "{} Creole"]
 _UNITS = ["dollars", "pounds", "francs", "dinars", "pesos", "rupees", "crowns", "shillings", "rials", "rubles", "lei"]
 _REGIONS = ["Northern {}", "Southern {}", "Eastern {}", "Western {}", "Central {}", "{}", "the {}", "the {} Sea"]
+# Each kind can be told by its shape: a model finds the right kind of value first, and then learns to mind the name.
+_SIMPLE_VALUES: Mapping[str, str] = MappingProxyType(
+    {
+        "capital": "{0}",
+        "region": "Northern {0}",
+        "population": "{1} million",
+        "area": "{1} sq km",
+        "language": "{0}ish",
+        "currency": "{0} dollars",
+        "peak": "Mount {0}",
+        "internet": "{2}",
+        "neighbor": "New {0}",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +190,7 @@ class World:
             facts: Least and greatest number of facts in a passage.
             questions: At most so many questions about facts.
             order: Probability of a question about the first document, and of one about the last.
-            simple: Names and values are single words of two syllables: the first lessons of the curriculum.
+            simple: Short words, and values whose shape tells their kind: the first lessons of the curriculum.
 
         Raises:
             InputError: `passages` is less than 1.
@@ -206,7 +222,7 @@ class World:
         while len(names) < count:
             name = self._place()
             if not self._simple and rng.random() < 0.25:
-                base = rng.choice(names).split()[-1]
+                base = max(re.sub(_GENERIC, " ", rng.choice(names)).split(), key=len)
                 name = rng.choice(("North {}", "South {}", "New {}", "{} Islands", "Saint {}", "{}ia")).format(base)
             if name not in names and self._allowed(name):
                 names.append(name)
@@ -224,13 +240,13 @@ class World:
     def _value(self, kind: str, names: Sequence[str]) -> str:
         rng = self._random
         if self._simple:
-            return f"{rng.randint(10, 999)} million" if kind == "population" else self._word()
+            return _SIMPLE_VALUES[kind].format(self._word(), rng.randint(10, 999), self._code())
         if kind == "population":
             return round_number(10 ** rng.uniform(3, 9.3))
         if kind == "area":
             return round_number(10 ** rng.uniform(0.3, 7.2)) + " sq km"
         if kind == "internet":
-            return "." + "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=2))
+            return self._code()
         if kind == "neighbor" and len(names) > 1 and rng.random() < 0.2:
             return rng.choice(names)
         if self._pool[kind] and rng.random() < (0.5 if kind in ("region", "currency") else 0.3):
@@ -239,6 +255,9 @@ class World:
             return self._currency()
         shapes = {"capital": _CITIES, "region": _REGIONS, "language": _LANGUAGES, "peak": _PEAKS}
         return self._place() if kind == "neighbor" else self._shaped(shapes[kind])
+
+    def _code(self) -> str:
+        return "." + "".join(self._random.choices("abcdefghijklmnopqrstuvwxyz", k=2))
 
     def _currency(self) -> str:
         rng = self._random

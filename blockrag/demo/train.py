@@ -1,18 +1,18 @@
-"""Train the demo checkpoint from scratch on made-up countries, on one CPU core.
+"""Train the demo checkpoint from scratch on made-up countries, on one CPU core, and measure it.
 
-    python -m blockrag.demo.train --out DIR --steps 7000 --seed 0
+    python -m blockrag.demo.train --out DIR --steps 7500 --seed 0
+    python -m blockrag.demo.train --measure DIR
 
 Two phases. First full attention, with a curriculum over the number of passages: it starts at two (one passage needs
-no matching of names, so none is learned) and adds one whenever the running answer loss falls below 0.5. Then dual
-block fine-tuning (arXiv 2409.15355, section 3.3): batches alternate between the block mask and full attention, so
-that the checkpoint serves both. The loss is the answers' cross entropy plus half of the cross entropy of all tokens;
-the latter is what makes copying emerge early. Many questions share the passages of a sequence, each an independent
-last block, which is both cheaper and exactly the pattern of inference.
+no matching of names, so none is learned) and adds one whenever the running answer loss falls below 0.5; the first
+lessons use short words. Then dual block fine-tuning (arXiv 2409.15355, section 3.3): batches alternate between the
+block mask and full attention, so that the checkpoint serves both. The loss is the answers' cross entropy plus half of
+the cross entropy of all tokens; the latter is what makes copying emerge early.
 
-Half of the sequences leave random gaps between the positions of neighboring blocks, so that distances longer than the
-sequences trained on are seen (a shift of the whole prompt would change nothing: rotary positions are relative).
+Half of the sequences leave positions out between neighboring blocks, so that distances longer than the sequences
+trained on are seen (shifting a whole prompt would change nothing: rotary positions are relative).
 
-With `--minutes` the schedule follows the clock once it is behind the steps; without it, runs are reproducible.
+With `--minutes` the schedule follows the clock where it is behind the steps; without, a run is reproducible.
 """
 
 from __future__ import annotations
@@ -22,25 +22,24 @@ import json
 import logging
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from blockrag.demo import forms, load_corpus, load_questions
+from blockrag.demo.packing import BOS, EOS, PAD, Attention, Batch, collate, exact_match, forward
 from blockrag.demo.synthetic import Context, QuestionAnswer, RealFact, World
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
-__all__ = ["Batch", "Recipe", "collate", "evaluate", "main", "real_contexts", "train"]
+__all__ = ["Recipe", "main", "measure", "real_contexts", "real_facts", "train"]
 
-Attention = Literal["full", "block"]
-PAD, BOS, EOS = 0, 1, 2
 _LOG = logging.getLogger(__name__)
 
 
@@ -52,18 +51,23 @@ class Recipe:
         steps: Optimizer steps of both phases together.
         seed: Seeds the weights and the data.
         vocabulary: Size of the byte-level BPE vocabulary.
-        hidden, intermediate, layers, heads, kv_heads: Shape of the Llama model.
+        hidden: Width of the Llama model.
+        intermediate: Width of its MLPs.
+        layers: Number of its layers.
+        heads: Query heads.
+        kv_heads: Key/value heads.
         learning_rate: Peak; linear warm-up over 40 steps, linear decay over the last `decay` of the run.
         decay: Share of the run in which the learning rate falls.
         block_phase: Share of the run after which block fine-tuning begins.
         max_passages: Most passages in a sequence.
         questions: Most questions about facts in a sequence.
-        batch_tokens: Aim for so many tokens a step.
+        batch_tokens: About so many tokens a step once all passages are in use; fewer before.
         lm_weight: Weight of the loss over all tokens.
         max_gap: Most positions left out in one sequence, over all its block borders.
+        simple: Share of sequences with short words while there are at most three passages; fewer later.
     """
 
-    steps: int = 7000
+    steps: int = 7500
     seed: int = 0
     vocabulary: int = 768
     hidden: int = 192
@@ -79,25 +83,22 @@ class Recipe:
     batch_tokens: int = 2600
     lm_weight: float = 0.5
     max_gap: int = 500
+    simple: float = 0.9
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences of packed questions, padded to one length.
+@dataclass(slots=True)
+class _Run:
+    """What changes while training."""
 
-    Args:
-        ids: [batch, tokens] int64.
-        positions: [batch, tokens] int64.
-        mask: [batch, 1, tokens, tokens] bool, True where the row may attend to the column.
-        answers: [batch, tokens] bool, True on the answers' tokens (with their EOS).
-        spans: (row, start, stop, kind) of every answer.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor
-    answers: torch.Tensor
-    spans: tuple[tuple[int, int, int, str], ...]
+    model: LlamaForCausalLM
+    tokenizer: Tokenizer
+    passages: int = 2
+    answer_loss: float = 3.0
+    lm_loss: float = 0.0
+    tokens: int = 0
+    longest: int = 0
+    block_fine_tuned: bool = False
+    log: dict[str, Any] = field(default_factory=dict)
 
 
 def real_facts() -> list[RealFact]:
@@ -109,8 +110,44 @@ def real_facts() -> list[RealFact]:
     ]
 
 
+def real_contexts(
+    *, held_out: bool | None, passages: int = 5, seed: int = 7, similar: bool = False, order: bool = False
+) -> list[Context]:
+    """Return one context for each passage of the demo corpus: that passage among others, and the questions about it.
+
+    Args:
+        held_out: Ask about held-out countries (True), about the others (False) or about all (None); the other
+            passages of a context come from the whole corpus.
+        passages: Number of passages, the one asked about among them at a random place.
+        seed: Draws the other passages and the order.
+        similar: Take the passages that share most words with the one asked about, instead of random ones.
+        order: Also ask which place the first and the last document describe.
+    """
+    rng = random.Random(seed)
+    corpus = load_corpus()
+    words = {passage.id: set(f"{passage.title} {passage.text}".split()) for passage in corpus}
+    asked: dict[str, list[QuestionAnswer]] = {}
+    for row in load_questions(held_out):
+        asked.setdefault(row.passage_id, []).append(QuestionAnswer(row.question, row.answer, row.kind))
+    contexts = []
+    for gold in (passage for passage in corpus if passage.id in asked):
+        others = [passage for passage in corpus if passage.id != gold.id]
+        if similar:
+            alike = {other.id: len(words[other.id] & words[gold.id]) / len(words[other.id]) for other in others}
+            others = sorted(others, key=lambda other: (-alike[other.id], other.id))[: passages - 1]
+        chosen = [gold, *rng.sample(others, passages - 1)]
+        rng.shuffle(chosen)
+        ends = (("first", chosen[0].title), ("last", chosen[-1].title)) if order else ()
+        questions = asked[gold.id] + [
+            QuestionAnswer(forms.ORDER_QUESTIONS[which], title, which) for which, title in ends
+        ]
+        texts = tuple((passage.title, passage.text) for passage in chosen)
+        contexts.append(Context(passages=texts, questions=tuple(questions)))
+    return contexts
+
+
 def train_tokenizer(facts: Sequence[RealFact], recipe: Recipe) -> Tokenizer:
-    """Train the byte-level BPE tokenizer on train-split contexts; digits stay single tokens."""
+    """Train the byte-level BPE tokenizer on made-up countries of the train split; digits stay single tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     world = World(facts, split="train", seed=recipe.seed + 1000)
@@ -134,138 +171,9 @@ def train_tokenizer(facts: Sequence[RealFact], recipe: Recipe) -> Tokenizer:
     return tokenizer
 
 
-def collate(
-    contexts: Sequence[Context],
-    tokenizer: Tokenizer,
-    attention: Attention,
-    *,
-    gaps: random.Random | None = None,
-    max_gap: int = 0,
-) -> Batch:
-    """Pack contexts into a batch: prefix block, passage blocks, then every question as its own last block.
-
-    Args:
-        contexts: One per row.
-        tokenizer: Each block is tokenized on its own.
-        attention: "block": a passage attends to itself only; "full": also to everything before it. A question
-            attends to all passages and to itself in both.
-        gaps: Draws the position gaps for half of the rows; None leaves none.
-        max_gap: Most positions left out in one row.
-    """
-    rows = [_pack(context, tokenizer, gaps, max_gap) for context in contexts]
-    length = max(len(row["ids"]) for row in rows)
-    size = (len(rows), length)
-    ids, positions = torch.full(size, PAD), torch.zeros(size, dtype=torch.long)
-    blocks, is_query = torch.full(size, -1), torch.zeros(size, dtype=torch.bool)
-    answers = torch.zeros(size, dtype=torch.bool)
-    spans = []
-    for number, row in enumerate(rows):
-        count = len(row["ids"])
-        ids[number, :count] = torch.tensor(row["ids"])
-        positions[number, :count] = torch.tensor(row["positions"])
-        blocks[number, :count] = torch.tensor(row["blocks"])
-        is_query[number, row["context"] : count] = True
-        for start, stop, kind in row["spans"]:
-            answers[number, start:stop] = True
-            spans.append((number, start, stop, kind))
-    same = blocks[:, :, None] == blocks[:, None, :]
-    real = blocks >= 0
-    earlier = (real & ~is_query)[:, None, :] & (real if attention == "full" else is_query)[:, :, None]
-    mask = (same | earlier) & torch.ones(length, length, dtype=torch.bool).tril()
-    return Batch(ids=ids, positions=positions, mask=mask[:, None], answers=answers, spans=tuple(spans))
-
-
-def _pack(context: Context, tokenizer: Tokenizer, gaps: random.Random | None, max_gap: int) -> dict[str, Any]:
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    shared = [[BOS, *encode(forms.PREFIX)]] + [encode(forms.passage_block(*passage)) for passage in context.passages]
-    steps = [0] * len(shared)
-    if gaps is not None and gaps.random() < 0.5:
-        share = gaps.randint(0, max_gap) // len(shared)
-        steps = [gaps.randint(0, share) for _ in shared]
-    ids: list[int] = []
-    positions: list[int] = []
-    blocks: list[int] = []
-    spans = []
-    position = 0
-    for number, (tokens, step) in enumerate(zip(shared, steps, strict=True)):
-        ids += tokens
-        positions += range(position, position + len(tokens))
-        blocks += [number] * len(tokens)
-        position += len(tokens) + step
-    end = len(ids)
-    for number, row in enumerate(context.questions, start=len(shared)):
-        asked, answer = encode(forms.query_block(row.question)), [*encode(forms.answer_text(row.answer)), EOS]
-        spans.append((len(ids) + len(asked), len(ids) + len(asked) + len(answer), row.kind))
-        ids += asked + answer
-        positions += range(position, position + len(asked) + len(answer))
-        blocks += [number] * (len(asked) + len(answer))
-    return {"ids": ids, "positions": positions, "blocks": blocks, "context": end, "spans": spans}
-
-
-def forward(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Return logits [batch, tokens, vocabulary]."""
-    output = model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False)
-    return output.logits
-
-
-@torch.no_grad()
-def evaluate(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, contexts: Sequence[Context], attention: Attention
-) -> dict[str, float]:
-    """Return exact match in percent: "all", "fact", "order" and one entry for each kind of question.
-
-    An answer counts when every one of its tokens and its EOS is the most likely one given those before it, which
-    is the same as greedy decoding producing exactly the answer.
-    """
-    model.eval()
-    hits: dict[str, list[bool]] = {}
-    for start in range(0, len(contexts), 4):
-        batch = collate(contexts[start : start + 4], tokenizer, attention)
-        best = forward(model, batch).argmax(-1)
-        for row, begin, stop, kind in batch.spans:
-            hit = bool((best[row, begin - 1 : stop - 1] == batch.ids[row, begin:stop]).all())
-            for group in ("all", "order" if kind in forms.ORDER_QUESTIONS else "fact", kind):
-                hits.setdefault(group, []).append(hit)
-    model.train()
-    return {group: round(100 * sum(found) / len(found), 1) for group, found in sorted(hits.items())}
-
-
-def real_contexts(*, held_out: bool | None, passages: int = 5, seed: int = 7, similar: bool = False) -> list[Context]:
-    """Return one context for every passage of the demo corpus: that passage among others, and its questions.
-
-    Args:
-        held_out: Take the gold passages from held-out countries (True), from the others (False) or from all (None);
-            the distractors come from the whole corpus.
-        passages: Number of passages, the gold one among them at a random place.
-        seed: Draws distractors and order.
-        similar: Take as distractors the passages that share most words with the gold one, instead of random ones.
-    """
-    rng = random.Random(seed)
-    corpus = load_corpus()
-    words = {passage.id: set((passage.title + " " + passage.text).split()) for passage in corpus}
-    asked: dict[str, list[QuestionAnswer]] = {}
-    for row in load_questions(held_out):
-        asked.setdefault(row.passage_id, []).append(QuestionAnswer(row.question, row.answer, row.kind))
-    contexts = []
-    for gold in corpus:
-        if gold.id not in asked:
-            continue
-        others = [passage for passage in corpus if passage.id != gold.id]
-        if similar:
-            shared = {other.id: len(words[other.id] & words[gold.id]) / len(words[other.id]) for other in others}
-            others = sorted(others, key=lambda other: (-shared[other.id], other.id))[: passages - 1]
-        chosen = [gold, *rng.sample(others, passages - 1)]
-        rng.shuffle(chosen)
-        texts = tuple((passage.title, passage.text) for passage in chosen)
-        contexts.append(Context(passages=texts, questions=tuple(asked[gold.id])))
-    return contexts
-
-
 def build_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
     """Return the untrained model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
@@ -282,105 +190,92 @@ def build_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
         eos_token_id=EOS,
         attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config)
-
-
-def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
-    """Return the learning rate: warm-up over 40 steps, constant, then linear decay to 2 % of the peak."""
-    warm = min(1.0, (step + 1) / 40)
-    fall = min(1.0, max(0.02, (1 - progress) / recipe.decay))
-    return recipe.learning_rate * min(warm, fall)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=32
+    )
+    return model
 
 
 def train(recipe: Recipe, out: Path, *, minutes: float | None = None, report_every_s: float = 180) -> None:
-    """Train and write the checkpoint folder, and `full_only/` beside it (the weights before block fine-tuning).
+    """Train, and write the checkpoint folder, with the weights before block fine-tuning in its folder `full_only`.
 
     Args:
         recipe: The numbers.
-        out: Folder to write; made if absent. A usable checkpoint is written at every report.
-        minutes: Latest end, on the wall clock.
+        out: Folder to write; made if absent. Every report leaves a usable checkpoint there.
+        minutes: Latest end, by the wall clock.
         report_every_s: Seconds between two reports.
     """
     facts = real_facts()
     tokenizer = train_tokenizer(facts, recipe)
-    model = build_model(recipe, tokenizer.get_vocab_size())
-    parameters = sum(weight.numel() for weight in model.parameters())
+    run = _Run(model=build_model(recipe, tokenizer.get_vocab_size()), tokenizer=tokenizer)
+    parameters = sum(weight.numel() for weight in run.model.parameters())
+    run.log = {"recipe": asdict(recipe), "parameters": parameters, "events": [], "reports": []}
     _LOG.info("%d parameters, %d tokens in the vocabulary", parameters, tokenizer.get_vocab_size())
-    world = World(facts, split="train", seed=recipe.seed)
-    rng = random.Random(recipe.seed)
-    test_world = World(facts, split="test", seed=5)
-    test = [test_world.context(passages=5, questions=6, order=1.0) for _ in range(24)]
-    held = real_contexts(held_out=True)[::2]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    log: dict[str, Any] = {"recipe": asdict(recipe), "parameters": parameters, "reports": [], "events": []}
-    started, reported = time.monotonic(), 0.0
-    average, passages, tokens, full_saved = 3.0, 2, 0, False
+    world, rng = World(facts, split="train", seed=recipe.seed), random.Random(recipe.seed)
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    started, reported, step = time.monotonic(), 0.0, 0
     for step in range(recipe.steps):
         elapsed = time.monotonic() - started
         progress = max(step / recipe.steps, elapsed / (minutes * 60) if minutes else 0.0)
         if progress >= 1:
             break
+        if progress >= recipe.block_phase and not run.block_fine_tuned:
+            _note(run, step, "block fine-tuning begins")
+            _save(out / "full_only", run, recipe)
+            run.block_fine_tuned = True
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, progress)
-        if progress >= recipe.block_phase and not full_saved:
-            full_saved = True
-            log["events"].append({"step": step, "event": "block fine-tuning begins"})
-            _save(out / "full_only", model, tokenizer, recipe, log, block_fine_tuned=False)
-        attention: Attention = "block" if full_saved and step % 2 else "full"
-        fewest = max(2, passages // 2) if passages < recipe.max_passages or rng.random() < 0.8 else 1
-        count = rng.randint(fewest, passages)
-        batch = _draw(world, tokenizer, recipe, attention, count, passages, rng)
-        answer_loss, all_loss = _losses(forward(model, batch), batch)
-        optimizer.zero_grad(set_to_none=True)
-        (answer_loss + recipe.lm_weight * all_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        tokens += batch.ids.numel()
-        average = 0.95 * average + 0.05 * answer_loss.item()
-        if average < 0.5 and passages < recipe.max_passages:
-            passages, average = passages + 1, 0.8
-            log["events"].append({"step": step, "event": f"up to {passages} passages"})
-            _LOG.info("step %d, %.0f s: up to %d passages", step, elapsed, passages)
+            group["lr"] = _learning_rate(recipe, step, progress)
+        _step(run, world, recipe, optimizer, rng, "block" if run.block_fine_tuned and step % 2 else "full")
+        if run.answer_loss < 0.5 and run.passages < recipe.max_passages:
+            run.passages, run.answer_loss = run.passages + 1, 0.8
+            _note(run, step, f"up to {run.passages} passages")
+        if step % 100 == 0:
+            _LOG.info(
+                "step %d, %.0f s: answer loss %.3f, loss of all tokens %.3f",
+                step,
+                elapsed,
+                run.answer_loss,
+                run.lm_loss,
+            )
         if elapsed - reported > report_every_s:
             reported = elapsed
-            report = {
-                "step": step,
-                "seconds": round(elapsed),
-                "tokens": tokens,
-                "answer_loss": round(average, 3),
-                "lm_loss": round(all_loss.item(), 3),
-                "passages": passages,
-                "unseen_full": evaluate(model, tokenizer, test, "full"),
-                "unseen_block": evaluate(model, tokenizer, test, "block")["all"],
-                "held_out_full": evaluate(model, tokenizer, held, "full")["all"],
-                "held_out_block": evaluate(model, tokenizer, held, "block")["all"],
-            }
-            log["reports"].append(report)
-            _LOG.info("%s", json.dumps(report))
-            _save(out, model, tokenizer, recipe, log, block_fine_tuned=full_saved)
-    log["seconds"] = round(time.monotonic() - started)
-    log["steps"] = step + 1
-    log["tokens"] = tokens
-    _save(out, model, tokenizer, recipe, log, block_fine_tuned=full_saved)
+            _report(run, facts, step, elapsed)
+            _save(out, run, recipe)
+    run.log |= {"steps": step + 1, "tokens": run.tokens, "seconds": round(time.monotonic() - started)}
+    _save(out, run, recipe)
 
 
-def _draw(
-    world: World,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    attention: Attention,
-    passages: int,
-    limit: int,
-    rng: random.Random,
-) -> Batch:
+def _learning_rate(recipe: Recipe, step: int, progress: float) -> float:
+    fall = min(1.0, max(0.02, (1 - progress) / recipe.decay))
+    return recipe.learning_rate * min(1.0, (step + 1) / 40, fall)
+
+
+def _step(
+    run: _Run, world: World, recipe: Recipe, optimizer: torch.optim.Optimizer, rng: random.Random, attention: Attention
+) -> None:
+    fewest = max(2, run.passages // 2) if run.passages < recipe.max_passages or rng.random() < 0.8 else 1
+    batch = _draw(run, world, recipe, attention, rng.randint(fewest, run.passages), rng)
+    answer_loss, lm_loss = _losses(forward(run.model, batch), batch)
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(answer_loss + recipe.lm_weight * lm_loss)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    optimizer.step()
+    run.tokens += batch.ids.numel()
+    run.longest = max(run.longest, int(batch.positions.max()) + 1)
+    run.answer_loss = 0.95 * run.answer_loss + 0.05 * answer_loss.item()
+    run.lm_loss = lm_loss.item()
+
+
+def _draw(run: _Run, world: World, recipe: Recipe, attention: Attention, passages: int, rng: random.Random) -> Batch:
     # Short words at first: what has to be learned is the look-up, and it is the same for all words.
-    simple = rng.random() < (0.9 if limit <= 3 else 0.5 if limit <= 5 else 0.1)
-    facts = (3, 4) if simple else (4, 6)
-    rows, budget = [], recipe.batch_tokens * (2 + limit) // (2 + recipe.max_passages)
+    simple = rng.random() < recipe.simple * (1.0 if run.passages <= 3 else 0.6 if run.passages <= 5 else 0.1)
+    facts = (3, 4) if simple or run.passages <= 3 else (4, 6)
+    rows, budget = [], recipe.batch_tokens * (2 + run.passages) // (2 + recipe.max_passages)
     while budget > 0:
         rows.append(world.context(passages=passages, facts=facts, questions=recipe.questions, simple=simple))
         budget -= passages * (12 if simple else 18) * sum(facts) // 2 + len(rows[-1].questions) * 21
-    return collate(rows, tokenizer, attention, gaps=rng, max_gap=recipe.max_gap)
+    return collate(rows, run.tokenizer, attention, gaps=rng, max_gap=recipe.max_gap)
 
 
 def _losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -390,25 +285,47 @@ def _losses(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     return losses[answers].mean(), losses[every].mean()
 
 
-def _save(
-    out: Path,
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    log: dict[str, Any],
-    *,
-    block_fine_tuned: bool,
-) -> None:
-    """Write a Hugging Face folder, `block_attention.json` and `train_log.json`."""
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+def _note(run: _Run, step: int, event: str) -> None:
+    _LOG.info("step %d: %s", step, event)
+    run.log["events"].append({"step": step, "event": event})
+
+
+def _report(run: _Run, facts: Sequence[RealFact], step: int, elapsed: float) -> None:
+    unseen, held_out = _unseen_contexts(facts, 24), real_contexts(held_out=True)[::2]
+    report: dict[str, Any] = {
+        "step": step,
+        "seconds": round(elapsed),
+        "tokens": run.tokens,
+        "answer_loss": round(run.answer_loss, 3),
+        "lm_loss": round(run.lm_loss, 3),
+        "passages": run.passages,
+    }
+    for attention in ("full", "block"):
+        report[f"unseen_{attention}"] = _percent(exact_match(run.model, run.tokenizer, unseen, attention)["all"])
+        report[f"held_out_{attention}"] = _percent(exact_match(run.model, run.tokenizer, held_out, attention)["all"])
+    run.log["reports"].append(report)
+    _LOG.info("%s", json.dumps(report))
+
+
+def _unseen_contexts(facts: Sequence[RealFact], count: int, passages: int = 5) -> list[Context]:
+    world = World(facts, split="test", seed=5)
+    return [world.context(passages=passages, questions=6, order=1.0) for _ in range(count)]
+
+
+def _percent(counts: tuple[int, int]) -> float:
+    return round(100 * counts[0] / counts[1], 1)
+
+
+def _save(out: Path, run: _Run, recipe: Recipe) -> None:
+    """Write a Hugging Face folder with `block_attention.json` and `train_log.json`."""
+    from transformers import PreTrainedTokenizerFast
+
+    from blockrag.model.facts import BlockAttentionFacts, save_facts
 
     out.mkdir(parents=True, exist_ok=True)
-    model.generation_config = GenerationConfig(
-        do_sample=False, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=32
-    )
-    model.save_pretrained(out)
+    run.model.save_pretrained(out)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=run.tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
@@ -416,32 +333,147 @@ def _save(
         model_max_length=2048,
     )
     fast.save_pretrained(out)
-    described = {
-        "format": 1,
-        "block_fine_tuned": block_fine_tuned,
-        "max_blocks": recipe.max_passages + 2,
-        "max_tokens": 1500,
-        "template": {"prefix": forms.PREFIX, "passage": forms.PASSAGE_TEMPLATE, "query": forms.QUERY_TEMPLATE},
+    described = BlockAttentionFacts(
+        block_fine_tuned=run.block_fine_tuned,
+        template=forms.template(),
+        max_blocks=recipe.max_passages + 1,
+        max_tokens=max(1, run.longest),
+    )
+    save_facts(described, out)
+    (out / "train_log.json").write_text(json.dumps(run.log, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(folder: Path) -> dict[str, dict[str, str]]:
+    """Measure a checkpoint; add the table to its `train_log.json` and write its model card.
+
+    Returns:
+        Row name ("held-out countries, 5 random passages", ...) to column ("full facts", "block order", ...) to
+        "percent (questions)".
+    """
+    table = {}
+    facts = real_facts()
+    rows = {
+        "made-up countries of the test split, 5 passages": _unseen_contexts(facts, 200),
+        "made-up countries of the test split, 8 passages": _unseen_contexts(facts, 100, 8),
+        "held-out countries, 5 passages": real_contexts(held_out=True, order=True),
+        "held-out countries, 5 similar passages": real_contexts(held_out=True, similar=True, order=True),
+        "held-out countries, 8 passages": real_contexts(held_out=True, passages=8, order=True),
+        "all countries, 5 passages": real_contexts(held_out=None, order=True),
+        "all countries, 5 similar passages": real_contexts(held_out=None, similar=True, order=True),
     }
-    (out / "block_attention.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    (out / "train_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    for name, contexts in rows.items():
+        table[name] = _measured_row(folder, contexts)
+        _LOG.info("%s: %s", name, table[name])
+    log = json.loads((folder / "train_log.json").read_text(encoding="utf-8"))
+    log["results"] = table
+    (folder / "train_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(log), encoding="utf-8")
+    return table
+
+
+def _measured_row(folder: Path, contexts: Sequence[Context]) -> dict[str, str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    row = {}
+    before = folder / "full_only"
+    stages = {"": folder} | ({"before block fine-tuning, ": before} if before.is_dir() else {})
+    for stage, path in stages.items():
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path).backend_tokenizer
+        for attention in ("full", "block"):
+            counts = exact_match(model, tokenizer, contexts, attention)
+            for group in ("fact", "order"):
+                row[f"{stage}{attention}, {group}"] = f"{_percent(counts[group])} ({counts[group][1]})"
+    return row
+
+
+def _card(log: Mapping[str, Any]) -> str:
+    """Return the model card."""
+    table = log["results"]
+    columns = list(next(iter(table.values())))
+    lines = ["| exact match, % (questions) | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(row[column] for column in columns) + " |" for name, row in table.items()]
+    recipe = log["recipe"]
+    return _CARD.format(
+        parameters=log["parameters"],
+        table="\n".join(lines),
+        tokens=log.get("tokens", 0),
+        steps=log.get("steps", 0),
+        minutes=round(log.get("seconds", 0) / 60),
+        **{
+            name: recipe[name]
+            for name in ("hidden", "layers", "heads", "kv_heads", "vocabulary", "seed", "max_passages")
+        },
+        command_steps=recipe["steps"],
+        changes=" ".join(f"{name}={value}" for name, value in log.get("changes", {}).items()),
+        events="\n".join(f"- step {event['step']}: {event['event']}" for event in log["events"]),
+    )
+
+
+_CARD = """\
+---
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+tags: [block-attention, rag, demo]
+---
+# blockrag demo checkpoint
+
+A Llama with {parameters:,} parameters ({layers} layers, width {hidden}, {heads} query and {kv_heads} key/value heads,
+byte-level BPE with {vocabulary} tokens), trained from scratch to answer questions about short passages and fine-tuned
+for Block-Attention (arXiv 2409.15355). It exists so that blockrag's first command, its examples and its tests run a
+complete pipeline offline. It is no general language model.
+
+## What it can do
+Answer the question forms in `blockrag/demo/forms.py` (capital, region, population, area, language, currency, highest
+point, internet code, a neighbor; which document comes first or last), in that exact wording, from passages written in
+the sentence forms of the same file. Anything else gives nonsense, and it never says that it does not know. At most
+{max_passages} passages were seen in training; beyond that, accuracy falls quickly. Decode greedily.
+
+## Data
+Only generated text (`blockrag/demo/synthetic.py`): made-up countries with made-up values, to which names and values of
+real countries that are not held out were mixed in at random, so the statements are false on purpose. 60 real
+countries are held out: neither their names, nor values that only they have, occur in the training data. The generator's
+"test" words are disjoint from its "train" words.
+
+## Recipe
+`python -m blockrag.demo.train --out DIR --steps {command_steps} --seed {seed}{changes}` on one CPU core:
+{steps} steps, {tokens:,} tokens, {minutes} minutes. Full attention first, with a growing number of passages; then
+batches alternate between block and full attention. `train_log.json` holds every number.
+
+{events}
+
+## Measured
+Greedy exact match of the whole answer; one seed. "before block fine-tuning" is the same run at the end of its first
+phase (fewer steps, so the comparison mixes both effects). "similar passages" are those of the corpus that share most
+words with the one asked about. "order" questions can only be answered from the order of the documents.
+
+{table}
+
+Command: `python -m blockrag.demo.train --measure DIR`.
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the demo checkpoint; see `--help`."""
+    """Train or measure the demo checkpoint; see `--help`."""
+    from transformers.utils.logging import disable_progress_bar
+
     defaults = Recipe()
     parser = argparse.ArgumentParser(description="Train blockrag's demo checkpoint on made-up countries.")
-    parser.add_argument("--out", type=Path, required=True)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--out", type=Path, help="train, and write the checkpoint here")
+    action.add_argument("--measure", type=Path, help="measure the checkpoint in this folder and write its model card")
     parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--minutes", type=float, default=None, help="end by then, whatever the steps")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other fields of Recipe")
     arguments = parser.parse_args(argv)
-    from transformers.utils.logging import disable_progress_bar
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     disable_progress_bar()
     torch.set_num_threads(1)
+    if arguments.measure:
+        measure(arguments.measure)
+        return
     changes: dict[str, Any] = {"steps": arguments.steps, "seed": arguments.seed}
     for item in arguments.set:
         name, _, number = item.partition("=")

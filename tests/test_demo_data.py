@@ -1,0 +1,493 @@
+"""The embedded demo: corpus, questions, made-up training data, packing, and the checkpoint itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockrag import demo
+from blockrag.attention import block_mask
+from blockrag.demo import build_corpus, forms
+from blockrag.demo.packing import BOS, EOS, collate, exact_match
+from blockrag.demo.synthetic import Context, QuestionAnswer, RealFact, World, in_split, words
+from blockrag.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[RealFact]:
+    titles = {passage.id: passage.title for passage in demo.load_corpus()}
+    return [
+        RealFact(name=titles[row.passage_id], kind=row.kind, value=row.answer, held_out=row.held_out)
+        for row in demo.load_questions()
+    ]
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = demo.checkpoint_path()
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
+    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+# -- Corpus and questions -----------------------------------------------------------------------------------------
+
+
+def test_corpus_is_short_passages_about_one_place_each():
+    corpus = demo.load_corpus()
+    assert 230 <= len(corpus) <= 260
+    assert len({passage.id for passage in corpus}) == len({passage.title for passage in corpus}) == len(corpus)
+    for passage in corpus:
+        sentences = re.findall(r"[^.]*(?:\.[^ ][^.]*)*\.(?: |$)", passage.text)
+        assert passage.text.count(passage.title) >= 4, passage
+        assert 4 <= len(sentences) <= 6, passage
+        assert not re.search(r"[()%<>;]|note|\d{4} est", passage.text), passage
+
+
+def test_every_answer_stands_in_its_passage_and_every_question_names_its_place():
+    corpus = {passage.id: passage for passage in demo.load_corpus()}
+    for row in demo.load_questions():
+        passage = corpus[row.passage_id]
+        assert row.kind in forms.KINDS
+        assert row.question in {forms.question(row.kind, passage.title, form) for form in range(2)}
+        stated = {forms.sentence(row.kind, passage.title, row.answer, form) for form in range(3)}
+        assert sum(text in passage.text for text in stated) == 1, row
+        assert 1 <= len(row.answer.split()) <= 5
+
+
+def test_questions_can_be_filtered_by_held_out():
+    every, held, seen = demo.load_questions(), demo.load_questions(True), demo.load_questions(False)
+    assert len(held) + len(seen) == len(every) > 1300
+    held_ids = {row.passage_id for row in held}
+    assert len(held_ids) == build_corpus.HELD_OUT
+    assert held_ids.isdisjoint(row.passage_id for row in seen)
+
+
+def test_importing_the_demo_is_light():
+    script = "import sys, blockrag.demo as d; d.load_corpus(); assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_missing_checkpoint_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "files", lambda package: tmp_path)
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        demo.checkpoint_path()
+
+
+# -- Building the corpus ------------------------------------------------------------------------------------------
+
+
+def _entry(name: str, **changes: str) -> dict:
+    values = {
+        "capital": "Alpha City (on Alpha Island); note - moved in 1999",
+        "location": "Southern Asia, east of something",
+        "population": "1,419,316,933 (2025 est.)",
+        "area": "38,394 sq km",
+        "language": "Nubian 50%, Alphish (official, also Alpha) 40%, other 10%",
+        "currency": "Alphan dinars (ALD) per US dollar -",
+        "peak": "Mount &Eacute;toile on Ridge 2,908 m",
+        "code": ".al",
+        "border": "Gamma 12 km; US 1,300 km (of which 5 km is a lake)",
+    } | changes
+    text = {key: {"text": value} for key, value in values.items()}
+    return {
+        "Government": {
+            "Country name": {"conventional short form": {"text": name}, "conventional long form": {"text": "none"}},
+            "Capital": {"name": text["capital"]},
+        },
+        "Geography": {
+            "Location": text["location"],
+            "Area": {"total ": text["area"]},
+            "Elevation": {"highest point": text["peak"]},
+            "Land boundaries": {"border countries": text["border"]},
+        },
+        "People and Society": {"Population": {"total": text["population"]}, "Languages": text["language"]},
+        "Economy": {"Exchange rates": {"Currency": text["currency"]}},
+        "Communications": {"Internet country code": text["code"]},
+    }
+
+
+def test_values_are_cleaned():
+    (country,) = build_corpus.countries({"africa/al.json": _entry("Alpha")})
+    assert country.facts == {
+        "capital": "Alpha City",
+        "region": "Southern Asia",
+        "population": "1.42 billion",
+        "area": "38,400 sq km",
+        "language": "Alphish",
+        "currency": "Alphan dinars",
+        "peak": "Mount Étoile",
+        "internet": ".al",
+        "neighbor": "United States",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("capital", {"capital": "none; administered from London"}),
+        ("capital", {"capital": "time zone 5"}),
+        ("region", {"location": "somewhere, in the ocean"}),
+        ("population", {"population": "uninhabited"}),
+        ("population", {"population": "50 (2021)"}),
+        ("area", {"area": "unknown"}),
+        ("language", {"language": "many local languages"}),
+        ("currency", {"currency": "a/b per US dollar"}),
+        ("currency", {"currency": "see entry for elsewhere"}),
+        ("peak", {"peak": "unnamed elevation 50 m"}),
+        ("peak", {"peak": "As Sarawat range, 3,000 m"}),
+        ("internet", {"code": "none"}),
+        ("neighbor", {"border": ""}),
+        ("capital", {"capital": "Alpha"}),
+    ],
+)
+def test_what_cannot_be_cleaned_is_left_out(kind, change):
+    (country,) = build_corpus.countries({"africa/al.json": _entry("Alpha", **change)})
+    assert kind not in country.facts
+    assert len(country.facts) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "value"),
+    [
+        ({"currency": "<p>the US dollar is used</p>"}, "currency", "US dollars"),
+        ({"currency": "Communaute francs (XOF) per US dollar"}, "currency", "West African CFA francs"),
+        ({"location": "Caribbean, an island"}, "region", "the Caribbean"),
+        ({"area": "1.284 million sq km"}, "area", "1.28 million sq km"),
+    ],
+)
+def test_special_values(change, kind, value):
+    (country,) = build_corpus.countries({"africa/al.json": _entry("Alpha", **change)})
+    assert country.facts[kind] == value
+
+
+def test_oceans_nameless_and_poor_entries_are_skipped_and_names_are_unique():
+    poor = {"Government": {"Country name": {"conventional short form": {"text": "Poor"}}}}
+    entries = {"oceans/x.json": _entry("Sea"), "a/b.json": _entry("none"), "a/c.json": poor}
+    entries |= {"a/d.json": _entry("Twin"), "a/e.json": _entry("Twin"), "a/f.json": _entry("DRC")}
+    names = [country.name for country in build_corpus.countries(entries)]
+    assert names == ["Democratic Republic of the Congo", "Twin"]
+
+
+def test_language_given_as_an_object():
+    entry = _entry("Alpha")
+    entry["People and Society"]["Languages"] = {"Languages": {"text": "Betan (official) less than 1%"}}
+    assert build_corpus.countries({"a/b.json": entry})[0].facts["language"] == "Betan"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (7, "7"),
+        (999, "999"),
+        (38_394, "38,400"),
+        (999_999, "1 million"),
+        (8_925_741, "8.93 million"),
+        (2e9, "2 billion"),
+    ],
+)
+def test_round_number(number, text):
+    assert build_corpus.round_number(number) == text
+
+
+def test_the_builder_writes_the_same_bytes_again(tmp_path):
+    names = [f"Land{a}{b}" for a in "abcdefgh" for b in "abcdefgh"]
+    entries = {f"africa/{name}.json": _entry(name) for name in names}
+    source = tmp_path / "facts.json.gz"
+    source.write_bytes(gzip.compress(json.dumps(entries).encode()))
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        build_corpus.main([str(source), "--out", str(folder)])
+        written.append([(folder / name).read_bytes() for name in ("corpus.jsonl", "questions.jsonl")])
+    assert written[0] == written[1]
+    assert written[0][0].count(b"\n") == len(names)
+
+
+def test_too_few_countries_for_the_held_out_set():
+    with pytest.raises(InputError, match="only 1 usable"):
+        build_corpus.build({"africa/al.json": _entry("Alpha")})
+
+
+# -- Made-up training data ----------------------------------------------------------------------------------------
+
+
+def _draw(facts, split, seed, count, **options) -> list[Context]:
+    world = World(facts, split=split, seed=seed)
+    return [world.context(passages=1 + number % 8, **options) for number in range(count)]
+
+
+def _text(contexts: list[Context]) -> str:
+    lines = [f"{title}\n{text}" for context in contexts for title, text in context.passages]
+    lines += [f"{row.question} {row.answer}" for context in contexts for row in context.questions]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_same_seed_draws_the_same_contexts(facts, split):
+    assert _draw(facts, split, 3, 12) == _draw(facts, split, 3, 12)
+    assert _draw(facts, split, 3, 12) != _draw(facts, split, 4, 12)
+
+
+def test_what_is_drawn_does_not_depend_on_the_process(facts):
+    script = (
+        "from tests.test_demo_data import _draw, _text, facts; import hashlib;"
+        "print(hashlib.sha256(_text(_draw(facts.__wrapped__(), 'train', 0, 10)).encode()).hexdigest())"
+    )
+    root = Path(__file__).parent.parent
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=root, env={"PYTHONHASHSEED": seed}, check=True, capture_output=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
+
+
+def test_training_never_holds_held_out_countries_or_values_only_they_have(facts):
+    contexts = _draw(facts, "train", 0, 400)
+    text = _text(contexts).casefold()
+    names = {fact.name.casefold() for fact in facts if fact.held_out}
+    assert len(names) == build_corpus.HELD_OUT
+    for name in names:
+        assert not re.search(rf"\b{re.escape(name)}\b", text), name
+    shared = {value.casefold() for fact in facts if not fact.held_out for value in (fact.name, fact.value)}
+    only_held_out = {fact.value.casefold() for fact in facts if fact.held_out} - shared
+    assert len(only_held_out) > 150
+    answers = {row.answer.casefold() for context in contexts for row in context.questions}
+    assert answers.isdisjoint(only_held_out)
+    for value in (value for value in only_held_out if not re.search(r"\d|^\.", value)):
+        assert not re.search(rf"\b{re.escape(value)}\b", text), value
+
+
+def test_training_mixes_in_countries_that_are_not_held_out_and_the_test_split_does_not(facts):
+    real = {fact.name for fact in facts}
+    assert real & {title for context in _draw(facts, "train", 0, 100) for title, _ in context.passages}
+    assert not real & {title for context in _draw(facts, "test", 0, 100) for title, _ in context.passages}
+
+
+@pytest.mark.parametrize("simple", [False, True])
+def test_names_of_the_splits_are_disjoint(facts, simple):
+    names = [
+        {title for context in _draw(facts, split, 0, 200, simple=simple) for title, _ in context.passages}
+        for split in ("train", "test")
+    ]
+    assert names[0].isdisjoint(names[1])
+    # Simple names are one invented word each, so the split can be read off directly.
+    for split, found in zip(("train", "test"), names, strict=True):
+        assert not simple or all(in_split(name, split) for name in found)
+
+
+def test_a_word_belongs_to_exactly_one_split():
+    found = [f"Word{number}" for number in range(2000)]
+    tests = [word for word in found if in_split(word, "test")]
+    assert all(in_split(word, "test") != in_split(word, "train") for word in found)
+    assert 150 < len(tests) < 350
+    assert in_split("Abc", "test") == in_split("aBC", "test")
+
+
+def test_every_answer_of_a_context_can_be_read_in_it(facts):
+    for context in _draw(facts, "train", 1, 60):
+        texts = dict(context.passages)
+        assert len(texts) == len(context.passages)
+        for row in context.questions:
+            if row.kind in forms.ORDER_QUESTIONS:
+                assert row.answer == context.passages[0 if row.kind == "first" else -1][0]
+                continue
+            name = next(
+                name for name in texts for form in range(2) if row.question == forms.question(row.kind, name, form)
+            )
+            assert any(forms.sentence(row.kind, name, row.answer, form) in texts[name] for form in range(3))
+
+
+def test_about_one_question_in_ten_is_about_order(facts):
+    kinds = [row.kind for context in _draw(facts, "train", 2, 200, questions=16) for row in context.questions]
+    assert 0.07 < sum(kind in forms.ORDER_QUESTIONS for kind in kinds) / len(kinds) < 0.14
+
+
+def test_words_are_varied(facts):
+    text = _text(_draw(facts, "train", 0, 200))
+    assert len(set(words(text))) > 3000
+    assert re.search(r"[áéíóúãõâêôçñüšž]", text)
+    assert re.search(r"\w-\w", text)
+
+
+def test_a_generator_without_real_facts_still_works():
+    context = World([], split="train", seed=0).context(passages=3)
+    assert len(context.passages) == 3
+
+
+@pytest.mark.parametrize(("split", "passages"), [("dev", 1), ("train", 0), ("train", -1)])
+def test_impossible_requests_are_refused(split, passages):
+    with pytest.raises(InputError):
+        World([], split=split, seed=0).context(passages=passages)
+
+
+# -- Packing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return checkpoint[1].backend_tokenizer
+
+
+_CONTEXT = Context(
+    passages=(("Abc", "The capital of Abc is Def."), ("Ghi", "Ghi covers 12 sq km.")),
+    questions=(
+        QuestionAnswer("What is the capital of Abc?", "Def", "capital"),
+        QuestionAnswer("What is the area of Ghi?", "12 sq km", "area"),
+    ),
+)
+
+
+def _lengths(tokenizer, context: Context, row: QuestionAnswer) -> list[int]:
+    texts = [forms.passage_block(*passage) for passage in context.passages]
+    lengths = [1 + len(tokenizer.encode(forms.PREFIX).ids)] + [len(tokenizer.encode(text).ids) for text in texts]
+    query = tokenizer.encode(forms.query_block(row.question)).ids + tokenizer.encode(forms.answer_text(row.answer)).ids
+    return [*lengths, len(query) + 1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("attention", ["block", "full"])
+def test_each_packed_question_sees_what_it_would_see_alone(tokenizer, attention, number):
+    packed = collate([_CONTEXT, Context(_CONTEXT.passages[:1], ())], tokenizer, attention)
+    row = _CONTEXT.questions[number]
+    lengths = _lengths(tokenizer, _CONTEXT, row)
+    shared = sum(lengths[:-1])
+    _, start, stop, _ = packed.spans[number]
+    begin = stop - lengths[-1]
+    kept = [*range(shared), *range(begin, stop)]
+    expected = (
+        block_mask(lengths) if attention == "block" else torch.ones(len(kept), len(kept), dtype=torch.bool).tril()
+    )
+    assert torch.equal(packed.mask[0, 0][kept][:, kept], expected)
+    assert packed.positions[0, kept].tolist() == list(range(len(kept)))
+    others = [place for place in range(packed.ids.shape[1]) if place not in kept]
+    assert not packed.mask[0, 0, begin:stop][:, others].any()
+    assert packed.ids[0, 0] == BOS
+    assert packed.ids[0, stop - 1] == EOS
+    assert tokenizer.decode(packed.ids[0, start:stop].tolist()) == forms.answer_text(row.answer)
+    assert packed.answers[0].sum() == sum(end - first for _, first, end, _ in packed.spans)
+    assert packed.mask.any(-1).all()
+    assert not packed.mask[1, 0, : _lengths(tokenizer, _CONTEXT, row)[0], -1].any()
+
+
+def test_gaps_only_move_whole_blocks(tokenizer):
+    plain = collate([_CONTEXT] * 40, tokenizer, "block")
+    moved = collate([_CONTEXT] * 40, tokenizer, "block", gaps=random.Random(0), max_gap=500)
+    assert torch.equal(plain.mask, moved.mask)
+    shift = moved.positions - plain.positions
+    assert shift.min() == 0
+    assert 100 < shift.max() <= 500
+    unmoved = (shift == 0).all(-1).sum()
+    assert 8 <= unmoved <= 32
+    steps = moved.positions.diff(dim=-1)[:, : sum(_lengths(tokenizer, _CONTEXT, _CONTEXT.questions[0])[:-1]) - 1]
+    assert (steps >= 1).all()
+    assert ((steps > 1).sum(-1) <= 2).all()
+
+
+def test_packing_refuses_nonsense(tokenizer):
+    for contexts, attention in (([], "block"), ([_CONTEXT], "banded")):
+        with pytest.raises(InputError):
+            collate(contexts, tokenizer, attention)
+
+
+# -- The checkpoint -----------------------------------------------------------------------------------------------
+
+
+def _held_out_contexts(count: int, passages: int = 4) -> list[Context]:
+    corpus = demo.load_corpus()
+    asked: dict[str, list[QuestionAnswer]] = {}
+    for row in demo.load_questions(True):
+        asked.setdefault(row.passage_id, []).append(QuestionAnswer(row.question, row.answer, row.kind))
+    rng = random.Random(1)
+    contexts = []
+    for passage in rng.sample([passage for passage in corpus if passage.id in asked], count):
+        chosen = [passage, *rng.sample([other for other in corpus if other.id != passage.id], passages - 1)]
+        rng.shuffle(chosen)
+        contexts.append(Context(tuple((one.title, one.text) for one in chosen), tuple(asked[passage.id])))
+    return contexts
+
+
+@pytest.mark.parametrize("attention", ["block", "full"])
+def test_the_checkpoint_answers_questions_about_countries_it_never_saw(checkpoint, attention):
+    model, tokenizer = checkpoint
+    right, asked = exact_match(model, tokenizer.backend_tokenizer, _held_out_contexts(10), attention)["all"]
+    assert asked > 45
+    assert right / asked > 0.6
+
+
+@torch.no_grad()
+def test_greedy_decoding_under_the_block_mask_agrees_with_exact_match(checkpoint):
+    model, tokenizer = checkpoint
+    for context in _held_out_contexts(3):
+        row = context.questions[0]
+        counted = exact_match(model, tokenizer.backend_tokenizer, [Context(context.passages, (row,))], "block")["all"][
+            0
+        ]
+        texts = [forms.passage_block(*passage) for passage in context.passages] + [forms.query_block(row.question)]
+        blocks = [[BOS, *tokenizer.encode(forms.PREFIX)]] + [tokenizer.encode(text) for text in texts]
+        for _ in range(24):
+            ids = torch.tensor([[token for block in blocks for token in block]])
+            mask = block_mask([len(block) for block in blocks])[None, None]
+            token = int(model(input_ids=ids, attention_mask=mask).logits[0, -1].argmax())
+            if token == EOS:
+                break
+            blocks[-1] = [*blocks[-1], token]
+        asked = len(tokenizer.encode(texts[-1]))
+        assert (tokenizer.decode(blocks[-1][asked:]) == forms.answer_text(row.answer)) == bool(counted)
+
+
+def test_the_template_gives_the_blocks_of_training(checkpoint, tokenizer):
+    _, fast = checkpoint
+    template = forms.template()
+    passages = demo.load_corpus()[:3]
+    prompt = template.segment(fast, passages=passages, question="What is the capital of Fiji?")
+    rows = tuple((passage.title, passage.text) for passage in passages)
+    asked = (QuestionAnswer("What is the capital of Fiji?", "Suva", "capital"),)
+    packed = collate([Context(rows, asked)], tokenizer, "block")
+    assert [token for block in prompt.blocks for token in block.token_ids] == packed.ids[
+        0, : packed.spans[0][1]
+    ].tolist()
+
+
+def test_the_checkpoint_says_what_it_is():
+    from blockrag.model.facts import load_facts
+
+    path = demo.checkpoint_path()
+    known = load_facts(path / "block_attention.json")
+    assert known.block_fine_tuned is True
+    assert known.template == forms.template()
+    assert known.max_blocks == 9
+    assert known.max_tokens > 800
+    assert "Measured" in (path / "README.md").read_text(encoding="utf-8")
+    files = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert max(files.values()) < 16 * 2**20
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "train_log.json"} <= set(
+        files
+    )
+
+
+def test_two_steps_of_training_leave_a_loadable_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from blockrag.demo import train
+
+    small = "vocabulary=320 hidden=32 intermediate=32 layers=1 heads=2 kv_heads=1 batch_tokens=200 block_phase=0.5"
+    train.main(["--out", str(tmp_path / "demo"), "--steps", "2", "--set", *small.split()])
+    for folder, fine_tuned in ((tmp_path / "demo", True), (tmp_path / "demo" / "full_only", False)):
+        described = json.loads((folder / "block_attention.json").read_text(encoding="utf-8"))
+        assert described["block_fine_tuned"] is fine_tuned
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(folder).eos_token_id == EOS
+    log = json.loads((tmp_path / "demo" / "train_log.json").read_text(encoding="utf-8"))
+    assert log["steps"] == 2
