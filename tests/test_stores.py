@@ -29,6 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from blockrag import stores
 from blockrag.errors import InputError, StoreError, StoreFullError, UnsafeStoreError
 from blockrag.stores import BlockStore, DiskStore, MemoryStore, StoreStats, open_store, parse_bytes
+from blockrag.stores import disk as disk_module
 
 SMALL, IN_FILE = 100, 40_000
 
@@ -499,6 +500,17 @@ class TestDiskDirectory:
             with pytest.raises(StoreError, match="choose a directory that this user can write"):
                 DiskStore(path)
 
+    @pytest.mark.parametrize("path", ["a\0b", "~nobody-has-this-name/x"])
+    def test_a_path_that_cannot_be(self, path):
+        with pytest.raises(StoreError, match="choose another directory"):
+            DiskStore(path)
+
+    def test_a_path_that_diskcache_would_expand(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("ELSEWHERE", str(tmp_path / "elsewhere"))
+        with pytest.raises(InputError, match="use one without"):
+            DiskStore(tmp_path / "$ELSEWHERE")
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_link_to_itself(self, tmp_path):
         (tmp_path / "loop").symlink_to(tmp_path / "loop")
         with pytest.raises(StoreError, match="cannot open the store"):
@@ -529,7 +541,7 @@ class TestDiskDirectory:
         with pytest.raises(StoreError, match="its index is damaged, delete the directory and ingest again"):
             DiskStore(root)
 
-    def test_index_damaged_while_open(self, tmp_path):
+    def test_overwritten_index_pages(self, tmp_path):
         with contextlib.closing(DiskStore(tmp_path / "s")) as store:
             for i in range(200):
                 store.put(key(i), value(i, 2000))
@@ -576,6 +588,20 @@ class TestDiskDamage:
         path.parent.touch()
         assert disk.get(key(2)) is None
         assert "cannot open" in caplog.text
+
+    def test_value_file_that_ends_while_it_is_read(self, disk, root):
+        """Another process may cut the file between the check of its length and the read."""
+        row = disk._rows([key(2)])[key(2)]
+        handle, view = disk._disk.open(row, row.size)
+        os.truncate(value_files(root)[0], IN_FILE // 2)
+        assert disk_module._fill(handle, view) is None
+
+    def test_value_file_that_cannot_be_read(self, root, caplog):
+        handle = os.open(value_files(root)[0], os.O_WRONLY)
+        assert disk_module._fill(handle, memoryview(bytearray(8))) is None
+        assert "cannot read a value file" in caplog.text
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(handle)
 
     def test_flipped_bits_are_the_codecs_business(self, disk, root):
         path = value_files(root)[0]
@@ -858,6 +884,15 @@ class TestDiskBudget:
                 store.put(key(i), value(i, IN_FILE))
         assert len(value_files(tmp_path / "s")) == 4
 
+    def test_wrong_total_costs_blocks_but_not_the_store(self, root):
+        with contextlib.closing(DiskStore(root, max_bytes=3 * IN_FILE)) as store:
+            execute(root, "UPDATE Settings SET value = ? WHERE key = 'size'", 10**15)
+            store.put(key(3), value(3))
+            assert list(store.keys()) == [key(3)]
+            assert store.stats().evictions == 2
+        with contextlib.closing(DiskStore(root)) as store:
+            assert store.stats().bytes == SMALL
+
     def test_reading_takes_no_write_lock(self, disk, root):
         with contextlib.closing(sqlite3.connect(root / "cache.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -1103,23 +1138,58 @@ class TestFullDisk:
         with contextlib.closing(DiskStore(tmp_path / "s")) as store:
             assert set(store.keys()) == {key(i) for i in stored}
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
-    @pytest.mark.parametrize("size", [20_000, 200_000], ids=["rows", "files"])
-    def test_full_file_system(self, tmp_path, size):
-        """Value files make the room that deleting them needs; rows need room from elsewhere before they can go."""
+    def test_index_that_may_not_grow(self, disk, root):
+        """SQLite's own page limit reports what a full disk reports, without a disk to fill."""
+        disk._cache.execute("PRAGMA max_page_count = 1")
+        for size in (30_000, IN_FILE):
+            with pytest.raises(StoreFullError, match="free disk space"):
+                [disk.put(key(i), value(i, size)) for i in range(10, 400)]
+        ((rows,),) = execute(root, "SELECT COUNT(*) FROM Cache WHERE filename IS NOT NULL")
+        assert len(value_files(root)) == rows
+        disk._cache.execute("PRAGMA max_page_count = 1000000")
+        disk.put(key(3), value(3, 30_000))
+        assert bytes(disk.get(key(1))) == value(1)
+
+    def test_read_only_index(self, disk, root):
+        disk._cache.execute("PRAGMA query_only = ON")
+        for size in (SMALL, IN_FILE):
+            with pytest.raises(StoreError, match="choose a directory that this user can write"):
+                disk.put(key(3), value(3, size))
+        with pytest.raises(StoreError, match="choose a directory that this user can write"):
+            disk.delete_many([key(1)])
+        assert len(value_files(root)) == 1
+        disk._cache.execute("PRAGMA query_only = OFF")
+
+    @pytest.fixture
+    def small_disk(self, tmp_path):
+        """A file system of 2 MB."""
         mount = tmp_path / "small"
         mount.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount], check=False, capture_output=True
+        command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
+        if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not allowed here")
+        yield mount
+        subprocess.run(["umount", str(mount)], check=True)
+
+    @pytest.mark.parametrize("size", [20_000, 200_000], ids=["rows", "files"])
+    def test_full_file_system(self, small_disk, size):
+        (small_disk / "filler").write_bytes(bytes(600_000))
+        failed, readable, stored = self.fill(
+            small_disk / "s", size=size, limit=0, blocks=100, filler=small_disk / "filler"
         )
-        if done.returncode:
-            pytest.skip("mounting is not allowed here")
-        try:
-            (mount / "filler").write_bytes(bytes(600_000))
-            filler = mount / "filler" if size < 32 * 1024 else ""
-            failed, readable, stored = self.fill(mount / "s", size=size, limit=0, blocks=100, filler=filler)
-            assert failed > 0
-            assert readable
-            assert stored == [900, 901]
-        finally:
-            subprocess.run(["umount", mount], check=True)
+        assert (failed > 0, readable, stored) == (True, True, [900, 901])
+
+    def test_deleting_makes_room_on_a_full_file_system(self, small_disk):
+        """The transaction that deletes needs room as well; the value files it is about make it."""
+        with contextlib.closing(DiskStore(small_disk / "s")) as store:
+            for i in range(3):
+                store.put(key(i), value(i, 200_000))
+            with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
+            with pytest.raises(StoreFullError):
+                store.put(key(9), value(9))
+            assert store.delete_many([key(1), key(2), key(7)]) == 2
+            assert list(store.keys()) == [key(0)]
+            store.put(key(9), value(9, 200_000))
+            assert bytes(store.get(key(0))) == value(0, 200_000)

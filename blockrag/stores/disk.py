@@ -181,6 +181,14 @@ class _SafeDisk(diskcache.Disk):  # type: ignore[misc]
         """The value of a checked row over a fresh buffer, or None where it is gone or not `size` bytes long."""
         if row.value is not None:
             return memoryview(bytearray(row.value)) if len(row.value) == size else None
+        opened = self.open(row, size)
+        return None if opened is None else _fill(*opened)
+
+    def open(self, row: _Row, size: int | None) -> tuple[int, memoryview] | None:
+        """The open value file of a checked row and a buffer for it, for `_fill`; None as in `load`.
+
+        The buffer is made by the thread that will drop it: memory passed between threads is faulted in anew each time.
+        """
         path = self._confined(row.filename or "")
         try:
             handle = os.open(path, _READ_FLAGS)
@@ -193,11 +201,14 @@ class _SafeDisk(diskcache.Disk):  # type: ignore[misc]
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise UnsafeStoreError(f"{path} is not a regular file; do not trust this directory, delete it")
-            if size is not None and status.st_size != size:
-                return None
-            return _read_exactly(handle, status.st_size)
-        finally:
+            view = memoryview(bytearray(status.st_size)) if size is None or status.st_size == size else None
+        except BaseException:
             os.close(handle)
+            raise
+        if view is None:
+            os.close(handle)
+            return None
+        return handle, view
 
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
         """A fresh random (file name, full path); one level of 256 directories, which stay when they are empty."""
@@ -522,14 +533,15 @@ class DiskStore:
 
     def _read_ahead(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
         pending: deque[tuple[str, _Row | None, Future[memoryview | None] | None]] = deque()
-        # The threads only read files: an SQLite connection per thread would be more work than the reads.
+        # The threads only fill buffers: rows and files are looked up, checked and opened here.
         with ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="blockrag-read") as pool:
             for chunk in _chunks(keys):
                 rows = self._rows(chunk)
                 for key in chunk:
                     row, future = rows.get(key), None
                     if row is not None and row.filename is not None and len(keys) > 1:
-                        future = pool.submit(self._disk.load, row, row.size)
+                        opened = self._disk.open(row, row.size)
+                        future = None if opened is None else pool.submit(_fill, *opened)
                     pending.append((key, row, future))
                     if len(pending) > _READ_AHEAD:
                         yield self._settle(*pending.popleft())
@@ -652,16 +664,19 @@ def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _read_exactly(handle: int, size: int) -> memoryview | None:
-    """`size` bytes of an open file over a fresh buffer, or None where it ends before."""
-    view = memoryview(bytearray(size))
-    with io.FileIO(handle, closefd=False) as file:
-        done = 0
-        while done < size:
-            count = file.readinto(view[done:])
-            if not count:
-                return None
-            done += count
+def _fill(handle: int, view: memoryview) -> memoryview | None:
+    """Fill the buffer from an open file and close it; None where the file cannot be read or ends before."""
+    try:
+        with io.FileIO(handle) as file:
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    return None
+                done += count
+    except OSError as error:
+        _LOG.warning("cannot read a value file (%s); the block counts as missing", error)
+        return None
     return view
 
 
@@ -669,8 +684,12 @@ def _connect(directory: str) -> sqlite3.Connection:
     """A connection in autocommit mode; closing it from another thread is allowed, using it there is not done."""
     path = str(Path(directory) / DBNAME)
     connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-    for pragma in _PRAGMAS:
-        connection.execute(f"PRAGMA {pragma}").close()
+    try:
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}").close()
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -678,6 +697,13 @@ def _claim(path: Path) -> Path:
     """Make `path` a store's directory, or see that it is one; returns it absolute, without links."""
     try:
         root = path.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"cannot open the store at {str(path)!r:.200}: {error}; choose another directory") from None
+    if os.path.expandvars(root) != str(root):
+        raise InputError(
+            f"the store's path {root} holds a variable, which diskcache would replace; use one without '$'"
+        )
+    try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = os.listdir(root)  # noqa: PTH208 - names are all that is needed
         if _MARKER not in names:
@@ -693,8 +719,8 @@ def _claim(path: Path) -> Path:
                 if not stat.S_ISREG((root / name).lstat().st_mode):
                     raise UnsafeStoreError(f"{root / name} is not a regular file; do not trust this directory")
                 _restrict(root / name, 0o600)
-    except (OSError, RuntimeError) as error:
-        raise _translate(error, path, "open") from error
+    except OSError as error:
+        raise _translate(error, root, "open") from error
     return root
 
 
@@ -734,10 +760,12 @@ def _check_schema(root: Path) -> None:
 
 def _old_value_files(root: Path, before: float) -> Iterator[str]:
     """Names of value files last written before a point in time; follows no links."""
-    for folder in os.scandir(root):
-        if len(folder.name) == 2 and folder.is_dir(follow_symlinks=False):
-            for entry in os.scandir(folder.path):
-                name = f"{folder.name}/{entry.name}"
+    with os.scandir(root) as folders:
+        names = [entry.name for entry in folders if len(entry.name) == 2 and entry.is_dir(follow_symlinks=False)]
+    for folder in names:
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                name = f"{folder}/{entry.name}"
                 with contextlib.suppress(FileNotFoundError):
                     if _is_value_name(name) and entry.stat(follow_symlinks=False).st_mtime < before:
                         yield name
