@@ -10,8 +10,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import transformers
 
 __all__ = [
     "Rates",
-    "best_time",
     "commit",
     "describe_machine",
     "load_average",
@@ -47,25 +47,29 @@ class Rates:
 
 
 def measure_rates(device: str, dtype: torch.dtype) -> Rates:
-    """Best of many short copies and matrix products, so that a busy machine has quiet moments for some of them.
+    """The fastest of many short copies and matrix products.
 
-    A CPU copies 128 MiB and multiplies 1024 x 1024, a GPU 1 GiB and 8192 x 8192.
+    On a CPU each takes a millisecond or two, so that on a busy machine some of them run without interruption: a rate
+    that other work has slowed down would give a bound that is none. The copies go through 256 MiB (a GPU: 2 GiB) in
+    pieces, so that no cache holds them.
     """
     on_gpu = device != "cpu"
-    source = torch.ones((1 << 30 if on_gpu else 1 << 27) // 4, dtype=torch.float32, device=device)
+    source = torch.ones((1 << 31 if on_gpu else 1 << 28) // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
-    copy_s = best_time(lambda: target.copy_(source), device)
-    size = 8192 if on_gpu else 1024
+    pieces = source.numel() // ((1 << 28 if on_gpu else 1 << 23) // 4)
+    copies = [partial(to.copy_, of) for to, of in zip(target.chunk(pieces), source.chunk(pieces), strict=True)]
+    copy_s = _fastest([*copies, *copies], device)
+    size = 8192 if on_gpu else 512
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    product_s = best_time(lambda: torch.mm(left, right, out=out), device)
-    return Rates(copy_bytes_per_s=source.numel() * 4 / copy_s, matrix_flops_per_s=2 * size**3 / product_s)
+    product = partial(torch.mm, left, right, out=torch.empty_like(left))
+    product_s = _fastest([product] * (20 if on_gpu else 400), device)
+    return Rates(copy_bytes_per_s=source.numel() * 4 / pieces / copy_s, matrix_flops_per_s=2 * size**3 / product_s)
 
 
-def best_time(action: Callable[[], object], device: str, *, repeats: int = 40) -> float:
-    """Seconds of the fastest of several runs: for a rate, what disturbs a run only makes it slower."""
+def _fastest(actions: Sequence[Callable[[], object]], device: str) -> float:
+    """Seconds of the fastest action."""
     times = []
-    for _ in range(repeats):
+    for action in actions:
         synchronize(device)
         started = time.perf_counter()
         action()

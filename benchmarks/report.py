@@ -116,7 +116,7 @@ def _provenance(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Time to first token by prompt length, both logarithmic, with how many times faster the fastest warm mode is.
+    """Time to first token by prompt length, both logarithmic, with the ratio of full prefill to blocks from memory.
 
     Args:
         result: What `ttft.py` measured.
@@ -126,61 +126,61 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     points, modes = result["points"], result["settings"]["modes"]
     lengths = [point["prompt_tokens"] for point in points]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
     for mode in modes:
-        spreads = [point["modes"][mode]["ttft_s"] for point in points]
-        medians = [spread["median"] for spread in spreads]
-        axes.plot(lengths, medians, label=_LABELS[mode], linewidth=2, markersize=6, **_STYLES[mode])
-        axes.fill_between(
-            lengths,
-            [spread["min"] for spread in spreads],
-            [spread["max"] for spread in spreads],
-            color=_STYLES[mode]["color"],
-            alpha=0.15,
-            linewidth=0,
-        )
+        _draw_mode(axes, lengths, [point["modes"][mode]["ttft_s"] for point in points], mode)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _annotate_ratios(axes, points, modes)
+    axes.margins(x=0.06, y=0.1)
+    caption = _annotate_ratios(axes, points, modes)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _duration(seconds)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"prompt length, tokens (the last {result['settings']['query_tokens']} are the query)")
+    axes.set_xlabel(f"prompt length in tokens, {result['settings']['query_tokens']} of them the question")
     axes.set_ylabel("time to first token")
-    axes.grid(which="major", color="#DDDDDD", linewidth=0.8)
+    axes.grid(color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     model = result["model"]
-    figure.suptitle(f"Time to first token, {model['shape']} ({_count(model['parameters'])} parameters)", fontsize=13)
-    axes.set_title(
-        f"{_place(result)}; medians of {result['settings']['repeats']}, bands from least to most", fontsize=9
-    )
+    title = f"Time to first token: {model['shape']}, {_count(model['parameters'])} parameters, {model['compute_dtype']}"
+    axes.set_title(title, fontsize=13, loc="left", pad=24)
+    details = f"{_place(result)}; median of {result['settings']['repeats']}, band from least to most{caption}"
+    axes.text(0, 1.025, details, transform=axes.transAxes, fontsize=9, color="#555555")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _annotate_ratios(axes: Any, points: list[dict[str, Any]], modes: list[str]) -> None:
-    """A line from each full prefill down to the memory mode, with the ratio beside it."""
+def _draw_mode(axes: Any, lengths: list[int], spreads: list[dict[str, Any]], mode: str) -> None:
+    medians = [spread["median"] for spread in spreads]
+    axes.plot(lengths, medians, label=_LABELS[mode], linewidth=2, markersize=6, **_STYLES[mode])
+    least, most = ([spread[end] for spread in spreads] for end in ("min", "max"))
+    axes.fill_between(lengths, least, most, color=_STYLES[mode]["color"], alpha=0.12, linewidth=0)
+
+
+def _annotate_ratios(axes: Any, points: list[dict[str, Any]], modes: list[str]) -> str:
+    """The ratio below each point of the memory mode; returns what to say of it, empty where it cannot be drawn."""
     if "full" not in modes or "memory" not in modes:
-        return
+        return ""
     for point in points:
-        high, low = (point["modes"][mode]["ttft_s"]["median"] for mode in ("full", "memory"))
-        length = point["prompt_tokens"]
-        axes.vlines(length, low, high, color="#888888", linewidth=0.8, linestyle=":", zorder=0)
+        ratio = point["full_over"]["memory"]
         axes.annotate(
-            f"{high / low:.1f}x" if high < 10 * low else f"{high / low:.0f}x",
-            (length, high),
-            xytext=(0, 9),
+            f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x",
+            (point["prompt_tokens"], point["modes"]["memory"]["ttft_s"]["median"]),
+            xytext=(0, -17),
             textcoords="offset points",
             ha="center",
             fontsize=10,
             fontweight="bold",
-            color=_STYLES["full"]["color"],
+            color=_STYLES["memory"]["color"],
         )
+    return "; numbers: full prefill / blocks from memory"
 
 
 def _place(result: dict[str, Any]) -> str:
