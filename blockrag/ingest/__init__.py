@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockrag.ingest.pipeline import delete, ingest
+    from blockrag.ingest.pipeline import delete, delete_unused_blocks, ingest
     from blockrag.ingest.progress import Progress, RichProgress
     from blockrag.ingest.reading import Document, DocumentFailure, read_documents
     from blockrag.ingest.report import IngestReport
@@ -28,6 +28,7 @@ __all__ = [
     "Progress",
     "RichProgress",
     "delete",
+    "delete_unused_blocks",
     "ingest",
     "read_documents",
     "split_document",
@@ -40,6 +41,7 @@ _HOMES = {
     "Progress": "progress",
     "RichProgress": "progress",
     "delete": "pipeline",
+    "delete_unused_blocks": "pipeline",
     "ingest": "pipeline",
     "read_documents": "reading",
     "split_document": "splitting",
