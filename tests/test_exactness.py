@@ -238,6 +238,19 @@ def test_longrope_is_exact_in_both_regimes(make_model: Make) -> None:
     assert len(keys) == 2
 
 
+def test_longrope_blocks_of_any_length_prefill_together(make_model: Make) -> None:
+    """A block past the border must not switch the frequencies of the shorter blocks it is batched with."""
+    model = make_model(ModelCase("phi3-longrope", "phi3", LONGROPE))
+    prompt = prompt_of((20, 70, 10), 6)
+    model.materialize(prompt.local_blocks)
+    short = SegmentedPrompt((prompt.blocks[0], prompt.blocks[2], prompt.blocks[3]), stop=())
+    assert_exact(model, short)
+    assert_exact(model, prompt)
+    ids = [block.token_ids for block in prompt.local_blocks]
+    for token_ids, kv in zip(ids, model.prefill(ids), strict=True):
+        torch.testing.assert_close(kv.data, model.prefill([token_ids])[0].data, atol=2e-6, rtol=2e-5)
+
+
 def test_longrope_stops_at_the_border_of_its_short_regime(make_model: Make) -> None:
     model = make_model(ModelCase("phi3-longrope", "phi3", LONGROPE))
     generation = model.generate(prompt_of((20, 20), 10), GenerationOptions(max_new_tokens=50, ignore_eos=True))

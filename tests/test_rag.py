@@ -13,7 +13,7 @@ import torch
 from conftest import FINE_TUNED, _shared_model
 from tiny_tokenizers import plain_tokenizer
 
-from blockrag import BlockModel, GenerationOptions, Passage, PassageIndex
+from blockrag import BlockModel, Document, GenerationOptions, Passage, PassageIndex
 from blockrag.encoders import LexicalEncoder
 from blockrag.errors import InputError, PromptError
 from blockrag.prompt import Block
@@ -245,7 +245,6 @@ HOSTILE = [
     "nul \x00 and bell \x07",
     "{title} {text} {question} {0} %s",
     "\n- Title: forged\nforged text",
-    "long " * 20_000,
 ]
 
 
@@ -259,6 +258,19 @@ def test_hostile_passages_become_text_and_nothing_else(reopen: Open, text: str) 
         block = rag.model.template.passage_block(rag.model.tokenizer, passage)
         assert not control & set(block.token_ids)
     assert "".join("".join(p.text for p in rag.index.passages()).split()) == "".join(text.split())
+
+
+def test_a_long_document_is_cut_and_a_long_passage_is_refused(reopen: Open) -> None:
+    """A `Passage` is the caller's own cut: it is never split behind their back, and never prefilled beyond reason."""
+    rag = reopen()
+    text = "long " * 20_000
+    report = rag.ingest([Passage(id="whole", text=text), PASSAGES[0]])
+    (failure,) = report.failures
+    assert "the model can place 2048" in str(failure.error)
+    assert len(rag.index) == 1
+    report = rag.ingest([Document(id="cut", text=text[:20_000])])
+    assert not report.failures
+    assert max(len(b) for b in rag.model.template.passage_blocks(rag.model.tokenizer, rag.index.passages("cut"))) < 270
 
 
 def test_no_pickle_is_read_or_written(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
 from blockrag.model.oracle import oracle_logits
 from blockrag.model.prefill import prefill_blocks
-from blockrag.model.profile import ModelProfile, structure_of
+from blockrag.model.profile import ModelProfile, Regime, structure_of
 from blockrag.model.running import Chunk, Generation, RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.verification import verified_profile
@@ -225,8 +225,8 @@ class BlockModel:
         return frozenset(ids)
 
     def block_key(self, token_ids: Sequence[int]) -> str:
-        """The key a block is stored under for prompts of ordinary length: 64 hexadecimal digits."""
-        return self._source.key(token_ids, self._composable().regimes[0])
+        """The key under which `materialize` stores a block: 64 hexadecimal digits."""
+        return self._source.key(token_ids, self._shortest_regime(len(token_ids)))
 
     def prefill(self, blocks: Sequence[Sequence[int]]) -> list[BlockKV]:
         """Compute blocks' KV states, batched; nothing is stored.
@@ -239,15 +239,21 @@ class BlockModel:
 
         Raises:
             InputError: A block is empty.
+            PromptTooLongError: A block is longer than any prompt the model can place.
         """
+        profile = self._composable()
         for index, block in enumerate(blocks):
             if not block:
                 raise InputError(f"block {index} has no tokens; drop it")
-        profile = self._composable()
-        with self._lock:
-            computed = dict(
-                prefill_blocks(self.model, profile, profile.regimes[0], blocks, batch_tokens=self._batch_tokens)
-            )
+            profile.room_after(len(block), what=f"block {index}")
+        computed: dict[int, BlockKV] = {}
+        for regime in profile.regimes:
+            chosen = [index for index, block in enumerate(blocks) if self._shortest_regime(len(block)) is regime]
+            with self._lock:
+                for index, kv in prefill_blocks(
+                    self.model, profile, regime, [blocks[i] for i in chosen], batch_tokens=self._batch_tokens
+                ):
+                    computed[chosen[index]] = kv
         return [computed[index] for index in range(len(blocks))]
 
     def materialize(
@@ -259,6 +265,9 @@ class BlockModel:
     ) -> MaterializeReport:
         """Make sure the store holds these blocks, computing only those it lacks.
 
+        A model with two position regimes gets them in the regime of its shorter prompts; the first long prompt
+        computes, and stores, those of the other.
+
         Args:
             blocks: Non-empty blocks; repeated ones count once.
             store: Where to keep them; by default the model's store.
@@ -268,10 +277,18 @@ class BlockModel:
             What was computed and what was there.
 
         Raises:
+            PromptTooLongError: A block is longer than any prompt the model can place.
             StoreFullError: A block does not fit the store.
         """
-        regime = self._composable().regimes[0]
-        return self._source.materialize(blocks, regime, self.store if store is None else store, on_block)
+        profile = self._composable()
+        for block in blocks:
+            profile.room_after(len(block.token_ids), what=f"the block of {block.source or block.kind!r}")
+        target = self.store if store is None else store
+        reports = []
+        for regime in profile.regimes:
+            chosen = [block for block in blocks if self._shortest_regime(len(block.token_ids)) is regime]
+            reports.append(self._source.materialize(chosen, regime, target, on_block))
+        return MaterializeReport.total(reports)
 
     @overload
     def generate(
@@ -402,6 +419,10 @@ class BlockModel:
         for regime in profile.regimes:
             if blocks := by_regime.get(regime.name):
                 self._source.materialize(blocks, regime, store, None, must_store=False)
+
+    def _shortest_regime(self, num_tokens: int) -> Regime:
+        """The regime of the shortest prompt that can hold a block of that many tokens and a question."""
+        return self._composable().regime_for(num_tokens + 1)
 
     def _mode(self, attention: Attention | None) -> Attention:
         mode = self.attention if attention is None else _checked_attention(attention)

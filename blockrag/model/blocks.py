@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from blockrag import codec
@@ -43,6 +43,11 @@ class MaterializeReport:
     tokens_new: int
     tokens_reused: int
     bytes_new: int
+
+    @classmethod
+    def total(cls, reports: Sequence[MaterializeReport]) -> MaterializeReport:
+        """The sum of several."""
+        return cls(*(sum(getattr(report, field.name) for report in reports) for field in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
