@@ -69,7 +69,7 @@ def check_fingerprint(fingerprint: str) -> str:
     return fingerprint
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
     """Everything that shaped a model's KV states, factor by factor.
 

@@ -60,7 +60,7 @@ class TestFingerprint:
     @given(values=st.lists(texts.filter(bool), min_size=8, max_size=8))
     @settings(max_examples=50, deadline=None)
     def test_json_round_trip(self, values):
-        fingerprint = Fingerprint(*values)
+        fingerprint = Fingerprint(**dict(zip(FACTORS, values, strict=True)))
         assert Fingerprint.from_json(fingerprint.to_json()) == fingerprint
         assert "\n" not in fingerprint.to_json()
 

@@ -674,6 +674,13 @@ class TestHostileDirectory:
             list(disk._cache)
         assert bytes(disk.get(key(1))) == value(1)
 
+    @pytest.mark.parametrize("name", ["cafe", key(7).upper()[:-1] + "F", b"\0" * 64, 7, None])
+    def test_foreign_key(self, disk, root, name):
+        execute(root, "UPDATE Cache SET key = ? WHERE key = ?", name, key(1))
+        with pytest.raises(UnsafeStoreError, match="delete"):
+            list(disk.keys())
+        assert disk.get(key(1)) is None
+
     def test_pickled_marker_on_a_sound_key(self, disk, root):
         execute(root, "UPDATE Cache SET raw = 0 WHERE key = ?", key(1))
         self.assert_refused(disk)
@@ -1187,8 +1194,9 @@ class TestFullDisk:
             with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
                 while filler.write(bytes(4096)):
                     pass
-            with pytest.raises(StoreFullError):
-                store.put(key(9), value(9))
+            for size in (SMALL, IN_FILE):
+                with pytest.raises(StoreFullError, match="free disk space"):
+                    store.put(key(9), value(9, size))
             assert store.delete_many([key(1), key(2), key(7)]) == 2
             assert list(store.keys()) == [key(0)]
             store.put(key(9), value(9, 200_000))
