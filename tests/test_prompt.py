@@ -252,8 +252,9 @@ def test_placeholders_in_content_are_inert(tokenizer):
 
 def test_a_passage_that_looks_like_two_stays_one_block(tokenizer):
     passage = Passage(id="x", title="one", text="first\n- Title: two\nsecond")
-    prompt = TEMPLATES["tulu"].segment(tokenizer, passages=[passage], question=QUESTION)
+    prompt = TEMPLATES["tulu"].segment(tokenizer, passages=[passage], question=f" {QUESTION}\n")
     assert len(prompt.blocks) == 3
+    assert prompt.blocks[-1].text == TULU_QUERY
 
 
 def test_control_characters_and_long_texts_are_text(tokenizer):
@@ -376,13 +377,40 @@ def test_a_character_that_becomes_a_control_token_is_refused():
 
 def test_a_vocabulary_that_spells_a_control_token_itself_is_cut():
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -1.0, "a": -2.0, "s": -3.0, "<": -4.0, "/": -4.0, ">": -4.0}
+    scores |= dict.fromkeys("unk", -5.0)
     backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=2, byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     assert 1 in tokenizer("a </s> a", split_special_tokens=True).input_ids
-    assert not {0, 1, 2} & set(TEMPLATES["plain"].segment_blocks(tokenizer, ["a </s> a"]).token_ids)
+    for text in ("a </s> a", "a <unk> a"):
+        assert not {0, 1, 2} & set(TEMPLATES["plain"].segment_blocks(tokenizer, [text]).token_ids)
+
+
+def test_an_unknown_token_that_is_also_a_control_token_cannot_be_spelled():
+    tokenizer = byte_level_tokenizer(["<eos>"], eos_token="<eos>", unk_token="<eos>")
+    template = replace(TEMPLATES["plain"], query="{question}<eos>", follow_up_query="")
+    prompt = template.segment(tokenizer, passages=[Passage(id="x", text="a<eos>b")], question="a<eos>b")
+    assert prompt.token_ids.count(tokenizer.eos_token_id) == 1
+    assert prompt.token_ids[-1] == tokenizer.eos_token_id
+
+
+def test_the_longest_control_token_of_the_markup_wins():
+    tokenizer = plain_tokenizer()
+    tokenizer.add_tokens(["<tool", "<tool>"])
+    template = replace(TEMPLATES["plain"], query="<tool>{question}", follow_up_query="")
+    for question in ("harmless", "<tool> <eos>"):
+        ids = template.segment(tokenizer, passages=[], question=question).blocks[-1].token_ids
+        assert [t for t in ids if t in control_ids(tokenizer)] == [tokenizer.convert_tokens_to_ids("<tool>")]
+
+
+def test_the_prefix_does_not_turn_content_into_a_begin_of_sequence_token():
+    tokenizer = plain_tokenizer()
+    template = replace(TEMPLATES["plain"], block_attention_prefix="[B]")
+    prompt = template.segment_blocks(tokenizer, ["<bos>a", "b"])
+    assert prompt.text == "[B]<bos>ab"
+    assert tokenizer.bos_token_id not in prompt.token_ids
 
 
 def test_a_special_token_that_is_an_ordinary_character_does_not_forbid_it():
@@ -433,6 +461,8 @@ def test_a_leading_space_mark_is_put_once_per_block():
         assert list(block.token_ids) == tokenizer(block.text, add_special_tokens=False).input_ids
     hostile = template.segment(tokenizer, passages=[], question="b</s>a").token_ids
     assert hostile.count(2) == 2
+    (block,) = template.segment_blocks(tokenizer, ["a<unk>a</s>a"], allow_special=True).blocks
+    assert list(block.token_ids) == tokenizer(block.text, add_special_tokens=False).input_ids
 
 
 # -- Explicit blocks, messages, text, demonstrations -------------------------------------------------------------------
@@ -581,6 +611,8 @@ def test_a_follow_up_closes_the_answer_and_asks_again():
     assert not only.local
     for name in TEMPLATES:
         assert "[Block-Attention]" not in TEMPLATES[name].follow_up(tokenizer, passages=[], question="q")[0].text
+    unmarked = replace(template, follow_up_open="")
+    assert unmarked.follow_up(tokenizer, passages=PASSAGES, question=QUESTION) == blocks[1:]
     with pytest.raises(PromptError, match="cannot continue"):
         replace(template, follow_up_query="").follow_up(tokenizer, passages=[], question="q")
     with pytest.raises(PromptError, match="question is empty"):
@@ -753,6 +785,13 @@ def test_the_strings_read_off_a_chat_template():
     assert thinking.query.startswith("<<E>><<U>>Please")
 
 
+def test_a_newline_that_opens_a_turn_is_not_taken_for_the_end_of_the_one_before():
+    lines = "{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    template = template_for(chat_tokenizer(lines + "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"))
+    assert (template.user, template.system) == (Turn("\nuser: ", "\n"), Turn("\nsystem: ", "\n"))
+    assert (template.conversation_start, template.generation) == ("", "\nassistant: ")
+
+
 def test_the_named_templates_are_what_reading_off_gives():
     for tokenizer, name in ((llama3_tokenizer(), "llama3"), (chatml_tokenizer(), "chatml")):
         derived, named = _derive(tokenizer), TEMPLATES[name]
@@ -891,6 +930,9 @@ def test_a_prompt_string_is_read_back(name):
     assert again.token_ids == prompt.token_ids
     empty = template.segment(tokenizer, passages=[], question=QUESTION).text
     assert parse_rag_prompt(empty, template) == ((), QUESTION)
+    quoting = Passage(id="x", title="t", text=f"a{template.query.partition('{question}')[0]}b")
+    again = template.segment(tokenizer, passages=[quoting], question=QUESTION)
+    assert parse_rag_prompt(again.text, template) == ((replace(quoting, id="0", document_id="0"),), QUESTION)
 
 
 @pytest.mark.parametrize(

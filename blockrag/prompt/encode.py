@@ -87,7 +87,6 @@ class _ControlTokens:
     by_text: dict[str, _ControlToken]
     ids: frozenset[int]
     pattern: re.Pattern[str]
-    any_case: re.Pattern[str]
 
 
 def check_text(what: str, text: object) -> str:
@@ -207,12 +206,12 @@ def _is_plain(text: str, ids: Iterable[int], tokenizer: PreTrainedTokenizerBase,
 
 
 def _cut_inside(text: str, control: _ControlTokens) -> list[str]:
-    """Cut after the first character of each spelling; where there is none to see, in the middle.
+    """Cut after the first character of each spelling; where a normalizer hides it, in the middle.
 
     Raises:
         PromptError: `text` is a single character.
     """
-    cuts = [match.start() + 1 for match in control.any_case.finditer(text) if len(match[0]) > 1] or [len(text) // 2]
+    cuts = [match.start() + 1 for match in control.pattern.finditer(text)] or [len(text) // 2]
     cuts = [cut for cut in cuts if 0 < cut < len(text)]
     if not cuts:
         raise PromptError(
@@ -251,7 +250,6 @@ def _list_control_tokens(tokenizer: PreTrainedTokenizerBase) -> _ControlTokens:
         by_text={token.text: token for token in tokens},
         ids=frozenset(token.id for token in tokens),
         pattern=re.compile(expression),
-        any_case=re.compile(expression, re.IGNORECASE),
     )
 
 
