@@ -53,29 +53,31 @@ def markdown(result: dict[str, Any]) -> str:
     sections = [
         f"# Time to first token: {result['model']['shape']} on {_place(result)}",
         "Median (least to most) in milliseconds; in brackets the lower bound from this machine's own rates.",
-        _times_table(result["points"], modes),
-        "Where the time goes, medians in milliseconds; processor time is that of all threads, without waiting:",
+        _times_table(result["points"], modes, "ttft_s"),
+        "The same in processor time of all threads: without waiting for other processes, or for the disk.",
+        _times_table(result["points"], modes, "processor_s"),
+        "Where the wall time goes, medians in milliseconds:",
         _parts_table(result["points"], modes),
         _provenance(result),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _times_table(points: list[dict[str, Any]], modes: list[str]) -> str:
+def _times_table(points: list[dict[str, Any]], modes: list[str], measure: str) -> str:
     ratios = [mode for mode in ("disk", "memory") if mode in modes and "full" in modes]
     header = ["prompt tokens", "blocks", "at rest"]
     header += [_LABELS[mode] for mode in modes] + [f"full / {mode}" for mode in ratios]
     rows = []
     for point in points:
         row = [f"{point['prompt_tokens']:,}", str(point["blocks"]), f"{point['bytes_at_rest'] / 1e6:.1f} MB"]
-        row += [_time_cell(point["modes"][mode]) for mode in modes]
-        row += [f"{point['full_over'][mode]:.1f}x" for mode in ratios]
+        row += [_time_cell(point["modes"][mode], measure) for mode in modes]
+        row += [f"{point['full_over'][measure][mode]:.1f}x" for mode in ratios]
         rows.append(row)
     return _table(header, rows)
 
 
-def _time_cell(entry: dict[str, Any]) -> str:
-    spread = entry["ttft_s"]
+def _time_cell(entry: dict[str, Any], measure: str) -> str:
+    spread = entry[measure]
     least, most = _ms(spread["min"]), _ms(spread["max"])
     return f"**{_ms(spread['median'])}** ({least} to {most}) [{_ms(entry['bound_s'])}]"
 
@@ -86,8 +88,7 @@ def _parts_table(points: list[dict[str, Any]], modes: list[str]) -> str:
         for mode in modes:
             parts = point["modes"][mode]["parts_s"]
             rows.append([f"{point['prompt_tokens']:,}", _LABELS[mode], *(_ms(parts[name]) for name in _PART_LABELS)])
-            rows[-1].append(_ms(point["modes"][mode]["processor_s"]))
-    return _table(["prompt tokens", "mode", *_PART_LABELS.values(), "processor time"], rows)
+    return _table(["prompt tokens", "mode", *_PART_LABELS.values()], rows)
 
 
 def _provenance(result: dict[str, Any]) -> str:
@@ -128,28 +129,33 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    points, modes = result["points"], result["settings"]["modes"]
+    on_wall = result["settings"]["clock"] == "wall"
+    # Without the waiting, a disk that is not cached looks like one that is.
+    modes = [mode for mode in result["settings"]["modes"] if on_wall or mode != "disk-uncached"]
+    points = result["points"]
+    measure = "ttft_s" if on_wall else "processor_s"
+    quantity = "Time to first token" if on_wall else "Processor time to first token"
     lengths = [point["prompt_tokens"] for point in points]
     figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
     for mode in modes:
-        _draw_mode(axes, lengths, [point["modes"][mode]["ttft_s"] for point in points], mode)
+        _draw_mode(axes, lengths, [point["modes"][mode][measure] for point in points], mode)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.margins(x=0.06, y=0.1)
-    caption = _annotate_ratios(axes, points, modes)
+    caption = _annotate_ratios(axes, points, modes, measure)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _duration(seconds)))
     axes.set_xlabel(f"prompt length in tokens, {result['settings']['query_tokens']} of them the question")
-    axes.set_ylabel("time to first token")
+    axes.set_ylabel(quantity.lower())
     axes.grid(color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
     model = result["model"]
-    title = f"Time to first token: {model['shape']}, {_count(model['parameters'])} parameters, {model['compute_dtype']}"
+    title = f"{quantity}: {model['shape']}, {_count(model['parameters'])} parameters, {model['compute_dtype']}"
     axes.set_title(title, fontsize=13, loc="left", pad=24)
     details = f"{_place(result)}; median of {result['settings']['repeats']}, band from least to most{caption}"
     axes.text(0, 1.025, details, transform=axes.transAxes, fontsize=9, color="#555555")
@@ -164,15 +170,15 @@ def _draw_mode(axes: Any, lengths: list[int], spreads: list[dict[str, Any]], mod
     axes.fill_between(lengths, least, most, color=_STYLES[mode]["color"], alpha=0.12, linewidth=0)
 
 
-def _annotate_ratios(axes: Any, points: list[dict[str, Any]], modes: list[str]) -> str:
+def _annotate_ratios(axes: Any, points: list[dict[str, Any]], modes: list[str], measure: str) -> str:
     """The ratio below each point of the memory mode; returns what to say of it, empty where it cannot be drawn."""
     if "full" not in modes or "memory" not in modes:
         return ""
     for point in points:
-        ratio = point["full_over"]["memory"]
+        ratio = point["full_over"][measure]["memory"]
         axes.annotate(
             f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x",
-            (point["prompt_tokens"], point["modes"]["memory"]["ttft_s"]["median"]),
+            (point["prompt_tokens"], point["modes"]["memory"][measure]["median"]),
             xytext=(0, -17),
             textcoords="offset points",
             ha="center",

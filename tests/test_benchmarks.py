@@ -51,11 +51,12 @@ def test_json_has_every_sample_of_every_mode(report: Path) -> None:
     assert [point["prompt_tokens"] for point in result["points"]] == [32, 96]
     for point in result["points"]:
         assert list(point["modes"]) == MODES
-        assert point["full_over"].keys() == {"cold", "disk", "memory"}
+        assert point["full_over"].keys() == {"ttft_s", "processor_s"}
+        assert point["full_over"]["ttft_s"].keys() == {"cold", "disk", "memory"}
         for mode in point["modes"].values():
-            spread = mode["ttft_s"]
-            assert spread["n"] == len(spread["samples"]) == 2
-            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+            for spread in (mode["ttft_s"], mode["processor_s"]):
+                assert spread["n"] == len(spread["samples"]) == 2
+                assert 0 < spread["min"] <= spread["median"] <= spread["max"]
             assert mode["bound_s"] > 0
             assert mode["parts_s"].keys() == {"load_s", "compose_s", "block_prefill_s", "query_prefill_s", "other_s"}
         # float16 at rest, float32 in the cache; headers come on top.
@@ -77,6 +78,7 @@ def test_table_and_plot_are_written(report: Path) -> None:
         (["--lengths", "5"], "leaves no passage"),
         (["--block-tokens", "8", "15"], "at least twice"),
         (["--repeats", "0"], "at least 1"),
+        (["--device", "cuda", "--clock", "processor"], "--device cpu"),
     ],
 )
 def test_impossible_arguments_are_refused(
