@@ -25,11 +25,11 @@ def unigram_tokenizer() -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["<unk>", "</s>", "\u2603"], unk_token="<unk>", show_progress=False
+        vocab_size=300, special_tokens=["<unk>", "</s>", "(a)"], unk_token="<unk>", show_progress=False
     )
     backend.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", extra_special_tokens=["\u2603"]
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", extra_special_tokens=["(a)"]
     )
 
 
@@ -94,7 +94,7 @@ def count(tokenizer, text: str) -> int:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=TEXTS, max_tokens=st.sampled_from([1, 2, 5, 12, 40, 300]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_laws(name, text, max_tokens):
     tokenizer = TOKENIZERS[name]()
     document = Document("d", text, "T")
@@ -117,12 +117,12 @@ def test_laws(name, text, max_tokens):
     "text",
     [
         "a" * 100_000,
-        "0123456789abcdef" * 6250,
-        "." * 100_000,
-        "a\n" * 50_000,
-        "汉" * 33_000,
-        "😀" * 25_000,
-        "ab, " * 25_000,
+        "0123456789abcdef" * 2000,
+        "." * 30_000,
+        "a\n" * 15_000,
+        "汉" * 10_000,
+        "😀" * 8_000,
+        "ab, " * 8_000,
     ],
     ids=["letter", "digits", "dots", "lines", "chinese", "emoji", "commas"],
 )
@@ -166,6 +166,13 @@ def test_cuts_fall_between_paragraphs_then_sentences_then_words():
     assert [passage.text for passage in by_sentence] == [sentence] * 8
     by_word = split_document(Document("d", sentence.replace(".", "")), tokenizer, max_tokens=length // 2)
     assert " ".join(passage.text for passage in by_word) == sentence.replace(".", "")
+
+
+def test_without_a_tokenizer_four_bytes_are_a_token():
+    text = "The river runs to the sea. " * 50
+    passages = split_document(Document("d", text), None, max_tokens=20)
+    assert max(len(passage.text.encode()) for passage in passages) <= 80
+    assert bare("".join(passage.text for passage in passages)) == bare(text)
 
 
 def test_white_space_only_gives_no_passage():
@@ -224,7 +231,7 @@ def test_one_failing_document_of_several_fails_alone():
     tokenizer = unigram_tokenizer()
     documents = [
         Document("good", "text"),
-        Document("bad", "a \u2603 that is a control token and a piece of its own"),
+        Document("bad", "a \u249c that the normalizer turns into the control token (a)"),
         Document("title", "text", "word " * 500),
         Document("long", "The river. " * 200),
     ]

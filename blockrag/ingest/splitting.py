@@ -204,8 +204,6 @@ def _halves(text: str, tokenizer: PreTrainedTokenizerBase | None, max_tokens: in
     stack = [text]
     while stack:
         part = stack.pop()
-        if not part:
-            continue
         count = _count(tokenizer, [part])[0]
         if count <= max_tokens:
             yield part
