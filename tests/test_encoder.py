@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockrag.encoders import CorpusCounts, Encoder, LexicalEncoder, StatisticalEncoder, open_encoder
+from blockrag.encoders import CorpusCounts, Encoder, LexicalEncoder, RescoringEncoder, StatisticalEncoder, open_encoder
 from blockrag.errors import InputError
 from blockrag.passage import Passage
 
@@ -89,6 +89,17 @@ def test_inner_product_is_bm25_up_to_the_projections_noise():
         noise = np.linalg.norm(query) * np.linalg.norm(vectors, axis=1) / 256
         assert np.all(np.abs(vectors @ query - expected) < 5 * noise)
         assert int(np.argmax(vectors @ query)) == int(np.argmax(expected))
+
+
+def test_the_score_is_bm25_itself():
+    encoder = LexicalEncoder(8)
+    passages = [passage(text) for text in CORPUS]
+    counts = CorpusCounts(encoder.passage_terms(passages))
+    for question in ["Where did the cat sit on a mat?", "dogs, dogs; zebras in 1990", "what is the", ""]:
+        expected = [plain_bm25(question, text, CORPUS) for text in CORPUS]
+        np.testing.assert_allclose(encoder.score(question, passages, counts), expected, rtol=1e-12)
+    assert encoder.score("cat", [], counts) == []
+    assert isinstance(encoder, RescoringEncoder)
 
 
 def test_a_vector_does_not_depend_on_its_batch_its_id_or_its_metadata():

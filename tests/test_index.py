@@ -28,7 +28,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockrag.encoders import LexicalEncoder
+from blockrag.encoders import CorpusCounts, LexicalEncoder
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index import Change, DocumentInfo, DocumentUpdate, PassageIndex
 from blockrag.passage import Passage
@@ -165,6 +165,24 @@ def test_an_empty_index_a_zero_query_and_no_questions(index):
 def test_k_below_one_is_refused(index, k):
     with pytest.raises(InputError, match=f"k is {k}"):
         index.search("q", k)
+
+
+def test_an_encoder_that_scores_text_decides_the_order():
+    """Eight dimensions are mostly noise; the order is BM25's all the same, in small corpora of all passages."""
+    passages = [make(i, metadata={"odd": i % 2}) for i in range(60)]
+    passages += [Passage(id=f"oak{i}", text=f"oak tree {'and more words ' * i}", metadata={"odd": 1}) for i in range(4)]
+    encoder = LexicalEncoder(8)
+    with PassageIndex(encoder) as index:
+        index.add(passages)
+        expected = [f"oak{i}" for i in range(4)]
+        assert [hit.passage.id for hit in index.search("oak trees", 4)] == expected
+        assert [hit.passage.id for hit in index.search("oak trees", 4, where={"odd": 1})] == expected
+        assert index.search_many(["oak", "", "text"], 3)[::2] == [index.search("oak", 3), index.search("text", 3)]
+        counts = CorpusCounts(encoder.passage_terms(passages))
+        hit = index.search("oak trees", 1)[0]
+        assert hit.score == encoder.score("oak trees", [hit.passage], counts)[0]
+        # Equal scores: in order of addition.
+        assert [hit.passage.id for hit in index.search("text", 3)] == ["d-0", "d-1", "d-2"]
 
 
 # -- filters ----------------------------------------------------------------------------------------------------------
@@ -944,7 +962,7 @@ def test_writers_in_threads_do_not_lose_each_others_documents(tmp_path):
 
 WRITER = """
 import sys
-from blockrag.encoders import LexicalEncoder
+from blockrag.encoders import CorpusCounts, LexicalEncoder
 from blockrag.index import PassageIndex
 from blockrag.passage import Passage
 

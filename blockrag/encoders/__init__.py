@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockrag.encoders.lexical import CorpusCounts, LexicalEncoder
-from blockrag.encoders.protocol import CorpusStatistics, Encoder, StatisticalEncoder, Vectors
+from blockrag.encoders.protocol import CorpusStatistics, Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "CorpusStatistics",
     "Encoder",
     "LexicalEncoder",
+    "RescoringEncoder",
     "SentenceTransformerEncoder",
     "StatisticalEncoder",
     "Vectors",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from blockrag.passage import Passage
 
-__all__ = ["CorpusStatistics", "Encoder", "StatisticalEncoder", "Vectors"]
+__all__ = ["CorpusStatistics", "Encoder", "RescoringEncoder", "StatisticalEncoder", "Vectors"]
 
 Vectors = NDArray[np.float32]
 """A `[n, dimension]` float32 array, one row per text."""
@@ -76,4 +76,21 @@ class StatisticalEncoder(Encoder, Protocol):
 
     def encode_queries_with(self, questions: Sequence[str], statistics: CorpusStatistics) -> Vectors:
         """Like `encode_queries`, weighing each term by the corpus counts."""
+        ...
+
+
+@runtime_checkable
+class RescoringEncoder(StatisticalEncoder, Protocol):
+    """An encoder whose vectors only approximate the score it means, and which can compute that score from the text.
+
+    The index finds candidates by the vectors, and orders them by `score`.
+    """
+
+    @property
+    def spare_candidates(self) -> int:
+        """How many candidates beyond the wanted ones to look at."""
+        ...
+
+    def score(self, question: str, passages: Sequence[Passage], statistics: CorpusStatistics) -> list[float]:
+        """What the inner product of the question with each passage approximates."""
         ...

@@ -21,7 +21,7 @@ from types import TracebackType
 
 import numpy as np
 
-from blockrag.encoders.protocol import Encoder, StatisticalEncoder, Vectors
+from blockrag.encoders.protocol import Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index.database import PassageDatabase, StoredPassage, TermCounts, encode_metadata
 from blockrag.index.locks import ReadWriteLock
@@ -329,18 +329,38 @@ class PassageIndex:
                 _storable("document id", value)
         self._catch_up()
         queries = self._encode_queries(questions)
+        hits: list[list[Hit]] = []
         with self._lock.reading():
             allowed = self._database.matching(where) if where else None
-            best: list[list[tuple[int, float]]] = []
             for start in range(0, len(queries), _QUERIES_AT_ONCE):
-                best += self._best(queries[start : start + _QUERIES_AT_ONCE], k, allowed)
+                some = slice(start, start + _QUERIES_AT_ONCE)
+                hits += self._hits(questions[some], queries[some], k, allowed)
+        return hits
+
+    def _hits(self, questions: Sequence[str], queries: Vectors, k: int, allowed: Rows | None) -> list[list[Hit]]:
+        """The hits of some queries, ordered by inner product, or by the score the encoder computes from the text."""
+        encoder = self._encoder
+        if not isinstance(encoder, RescoringEncoder):
+            best = self._best(queries, k, allowed)
             found = self._database.passages_at({row for rows in best for row, _ in rows})
-        return [[Hit(found[row], score) for row, score in rows if row in found] for rows in best]
+            return [[Hit(found[row], score) for row, score in rows if row in found] for rows in best]
+        best = self._best(queries, k + encoder.spare_candidates, allowed)
+        found = self._database.passages_at({row for rows in best for row, _ in rows})
+        hits = []
+        for question, rows in zip(questions, best, strict=True):
+            candidates = [found[row] for row, _ in sorted(rows) if row in found]
+            scores = encoder.score(question, candidates, self._term_counts())
+            # Sorting is stable: equal scores stay in order of addition.
+            ranked = sorted(zip(candidates, scores, strict=True), key=lambda pair: -pair[1])
+            hits.append([Hit(passage, score) for passage, score in ranked[:k]])
+        return hits
+
+    def _term_counts(self) -> TermCounts:
+        return TermCounts(self._database, passages=len(self._vectors.rows))
 
     def _encode_queries(self, questions: Sequence[str]) -> Vectors:
         if isinstance(self._encoder, StatisticalEncoder):
-            counts = TermCounts(self._database, passages=len(self._vectors.rows))
-            return self._encoder.encode_queries_with(questions, counts)
+            return self._encoder.encode_queries_with(questions, self._term_counts())
         return self._encoder.encode_queries(questions)
 
     def _best(self, queries: Vectors, k: int, allowed: Rows | None) -> list[list[tuple[int, float]]]:
