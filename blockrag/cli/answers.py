@@ -88,4 +88,4 @@ def _split(timings: AnswerTimings) -> str:
         "missing blocks": timings.block_prefill_s,
         "question": timings.query_prefill_s,
     }
-    return ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in steps.items() if seconds)
+    return ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in steps.items() if seconds >= 5e-5)

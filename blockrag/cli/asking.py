@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat", "query"]
 
-Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")]
+Question = Annotated[str, typer.Argument(help="The question.")]
 Stream = Annotated[
     bool | None,
     typer.Option("--stream/--no-stream", help="Print the answer as it comes; by default on a terminal."),
@@ -53,7 +53,10 @@ def query(
     stream: Stream = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one question from an index: the answer, its sources, and what was reused."""
+    """Answer one question, with its sources.
+
+    Prints the answer, the passages it was given with their scores, and what was reused, computed and how long it took.
+    """
     with reporting(as_json) as out:
         if not question.strip():
             raise InputError(f"the question is empty ({question!r}); pass the text to answer")
@@ -81,10 +84,10 @@ def chat(
     stream: Stream = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a conversation: one question per line of standard input, until it ends.
+    """Hold a conversation over an index.
 
-    Passages and answers stay in the model's cache, so each question brings only what is new. A conversation that has
-    grown too long for the model is started anew.
+    One question per line of standard input, until it ends. Passages and answers stay in the model's cache, so each
+    question brings only what is new. A conversation that has grown too long for the model is started anew.
     """
     with reporting(as_json) as out:
         options = generation_options(max_new_tokens, temperature, seed)

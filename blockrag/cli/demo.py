@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from blockrag.cli.answers import answer_json, milliseconds, name_of
-from blockrag.cli.directory import open_settings, prepare, remember
+from blockrag.cli.directory import Settings, find_settings, model_name, open_settings, prepare, remember
 from blockrag.cli.indexing import report_json, size
 from blockrag.cli.options import AsJson
 from blockrag.cli.output import Output, clean, reporting
+from blockrag.errors import InputError
 
 if TYPE_CHECKING:
     from blockrag.demo import DemoQuestion
@@ -52,8 +56,12 @@ class _Score:
 
     right: int = 0
     misses: list[dict[str, str]] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    tokens_computed: int = 0
 
     def count(self, asked: DemoQuestion, answer: Answer) -> None:
+        self.ttft_s.append(answer.timings.ttft_s)
+        self.tokens_computed += answer.usage.tokens_computed
         if answer.text == asked.answer:
             self.right += 1
         else:
@@ -67,18 +75,13 @@ def demo(
     seconds: Seconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show the whole pipeline, offline: ingest a small corpus, ask questions, compare block with full attention."""
+    """Show the whole pipeline, offline.
+
+    Ingests a small corpus, asks questions, and compares block with full attention.
+    """
     with reporting(as_json) as out:
-        settings = prepare(
-            path,
-            model=None if model == "demo" else model,
-            encoder=None,
-            attention=None,
-            max_passage_tokens=None,
-            max_bytes=None,
-            switch_model=False,
-        )
-        with open_settings(out, path, settings) as rag:
+        settings = _settings(path, model_name(model))
+        with open_settings(out, path, settings) as rag, _one_thread():
             remember(path, settings)
             rag.top_k = _TOP_K
             result = {
@@ -89,6 +92,31 @@ def demo(
             }
             _say_goodbye(out, path)
         out.result(result)
+
+
+def _settings(path: Path, model: str) -> Settings:
+    """The settings of the demo's directory, which is made if it is not there.
+
+    Raises:
+        InputError: The directory holds something else.
+    """
+    found = find_settings(path)
+    if (found is None and (path / "index").exists()) or (found is not None and found.model != model):
+        raise InputError(f"{path} holds another index than the demo's; pass another --path")
+    return prepare(path, model=model)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The demo's matrices are too small to share: more threads wait for each other longer than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _introduce(out: Output, rag: BlockRAG) -> dict[str, object]:
@@ -131,7 +159,7 @@ def _ask(out: Output, rag: BlockRAG) -> list[dict[str, object]]:
 
     expected = {row.question: row.answer for row in load_questions()}
     _heading(out, "2  Ask: blocks are loaded and composed, only the question is computed")
-    out.show("Times in ms; 'first' is from the question to the first token of the answer.")
+    out.show("Times in ms on one CPU core; 'first' is from question to first token.")
     results: list[dict[str, object]] = []
     for number, question in enumerate(_QUESTIONS):
         asked = [("block", _answer(rag, question, "block")), ("full", _answer(rag, question, "full"))]
@@ -167,7 +195,12 @@ def _show_question(out: Output, question: str, expected: str, asked: list[tuple[
             f"{answer.usage.tokens_computed:,}",
         )
     sources = ", ".join(f"{clean(name_of(hit))} {hit.score:.1f}" for hit in asked[0][1].hits)
-    out.show("", Text(question, style="bold"), table, Text(f"passages    {sources}", style="dim", overflow="ellipsis"))
+    out.show(
+        "",
+        Text(question, style="bold"),
+        table,
+        Text(f"passages    {sources}", style="dim", no_wrap=True, overflow="ellipsis"),
+    )
 
 
 def _score(out: Output, rag: BlockRAG, *, sample: int | None, seconds: float) -> dict[str, object]:
@@ -196,18 +229,40 @@ def _score(out: Output, rag: BlockRAG, *, sample: int | None, seconds: float) ->
         "questions": asked,
         "of": len(questions),
         "passage_found": found,
-        **{mode: asdict(score) for mode, score in scores.items()},
+        **{mode: _score_json(score, asked) for mode, score in scores.items()},
+    }
+
+
+def _score_json(score: _Score, asked: int) -> dict[str, object]:
+    return {
+        "right": score.right,
+        "share": score.right / asked,
+        "median_ttft_s": median(score.ttft_s),
+        "mean_tokens_computed": score.tokens_computed / asked,
+        "misses": score.misses,
     }
 
 
 def _show_scores(out: Output, scores: dict[Attention, _Score], *, asked: int, of: int, found: int) -> None:
-    which = f"all {of}" if asked == of else f"{asked} of {of}, drawn with a fixed seed"
-    out.show(f"{which} questions, {_TOP_K} passages each; the right passage was among them {found} times.")
+    drawn = "" if asked == of else " (drawn with a fixed seed)"
+    out.show(
+        f"{asked} of {of} questions{drawn}, {_TOP_K} passages each.",
+        f"The right passage was among them {found} times.",
+    )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name, justify in (("attention", "left"), ("right", "right"), ("share", "right")):
+    for name, justify in (
+        ("attention", "left"),
+        ("right", "right"),
+        ("share", "right"),
+        ("first token, median", "right"),
+        ("computed, mean", "right"),
+    ):
         table.add_column(name, justify="right" if justify == "right" else "left")
     for mode, score in scores.items():
-        table.add_row(mode, f"{score.right} of {asked}", f"{100 * score.right / asked:.1f} %")
+        first, computed = median(score.ttft_s), score.tokens_computed / asked
+        share = f"{100 * score.right / asked:.1f} %"
+        row = (mode, f"{score.right} of {asked}", share, f"{milliseconds(first)} ms", f"{computed:,.0f} tokens")
+        table.add_row(*row)
     out.show(table)
     misses = scores["block"].misses
     if misses:

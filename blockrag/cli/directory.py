@@ -124,12 +124,12 @@ def remember(path: Path, settings: Settings) -> None:
 def prepare(
     path: Path,
     *,
-    model: str | None,
-    encoder: str | None,
-    attention: Attention | None,
-    max_passage_tokens: int | None,
-    max_bytes: int | None,
-    switch_model: bool,
+    model: str | None = None,
+    encoder: str | None = None,
+    attention: Attention | None = None,
+    max_passage_tokens: int | None = None,
+    max_bytes: int | None = None,
+    switch_model: bool = False,
 ) -> Settings:
     """The settings to ingest with: those remembered, changed by those asked for. Makes the directory.
 
@@ -140,9 +140,7 @@ def prepare(
     """
     found = find_settings(path)
     if found is None and (path / "index").exists() and (model is None or encoder is None):
-        raise InputError(
-            f"{path} holds an index and no {SETTINGS_FILE}; say what it was built with: --model and --encoder"
-        )
+        raise InputError(f"{path} does not say what it was built with (no {SETTINGS_FILE}); pass --model and --encoder")
     known = found or Settings()
     wanted = known.model if model is None else model_name(model)
     if found is not None and wanted != known.model and not switch_model:

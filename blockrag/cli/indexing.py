@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["delete", "ingest", "report_json", "size", "stats"]
 
-Sources = Annotated[list[Path], typer.Argument(metavar="SOURCES...", help="Files and folders.")]
+Sources = Annotated[list[Path], typer.Argument(help="Files and folders.")]
 MaxPassageTokens = Annotated[
     int | None,
     typer.Option("--max-passage-tokens", min=1, help="Longest passage; by default 256, or what was used before."),
@@ -49,8 +49,9 @@ def ingest(
     switch_model: SwitchModel = False,
     as_json: AsJson = False,
 ) -> None:
-    """Index documents and store their passages' KV states; what is there already costs nothing.
+    """Index documents, store their KV states.
 
+    What is there already and has not changed costs no model work; a pass that was stopped goes on where it was.
     Model ('demo' at first), encoder ('lexical'), attention and passage length are remembered in DIR/blockrag.json.
     """
     with reporting(as_json) as out:
@@ -113,11 +114,14 @@ def stats(path: IndexPath, documents: Documents = False, as_json: AsJson = False
 
 
 def delete(
-    document_id: Annotated[str, typer.Argument(metavar="DOCUMENT_ID", help="As `stats --documents` lists it.")],
+    document_id: Annotated[str, typer.Argument(help="As `stats --documents` lists it.")],
     path: IndexPath,
     as_json: AsJson = False,
 ) -> None:
-    """Remove a document, its passages, and the blocks that no other passage uses."""
+    """Remove a document from an index.
+
+    Its passages go, and the blocks that no other passage uses.
+    """
     with reporting(as_json) as out:
         with open_parts(path) as (index, store):
             known = index.document_hash(document_id) is not None

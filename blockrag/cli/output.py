@@ -63,11 +63,16 @@ class Output:
         return self._results.is_terminal
 
     def show(self, *renderables: RenderableType) -> None:
-        """Print results for people; silent where JSON was asked for. Strings are taken as they are, without markup."""
+        """Print results for people; silent where JSON was asked for.
+
+        A string is taken as it is, without markup; a `Text` takes one line and is cut where that ends.
+        """
         if not self.as_json:
             for renderable in renderables:
                 if isinstance(renderable, str):
                     self._results.print(clean(renderable), markup=False, soft_wrap=True)
+                elif isinstance(renderable, Text):
+                    self._results.print(renderable, no_wrap=True, overflow="ellipsis")
                 else:
                     self._results.print(renderable)
 
@@ -101,10 +106,7 @@ class Output:
         return self.messages.status(message) if self.messages.is_terminal else nullcontext()
 
     def _line(self, label: str, style: str, message: str) -> None:
-        text = Text(label, style=style) + Text(
-            " ".join(clean(message).split()), style=style if label[:1] == "w" else ""
-        )
-        self.messages.print(text, soft_wrap=True)
+        self.messages.print(Text(label, style=style).append(" ".join(clean(message).split())), soft_wrap=True)
 
 
 @contextmanager
@@ -128,7 +130,7 @@ def reporting(as_json: bool) -> Iterator[Output]:
         out.result({"error": {"type": type(error).__name__, "message": str(error)}})
         raise typer.Exit(code) from None
     except KeyboardInterrupt:
-        message = "interrupted; what was stored stays, run the same command again to go on"
+        message = "interrupted; what was stored stays, and the same command goes on from there"
         out.error(message)
         out.result({"error": {"type": "KeyboardInterrupt", "message": message}})
         raise typer.Exit(_INTERRUPTED) from None
@@ -157,10 +159,13 @@ def dump_json(value: object, *, encoding: str = "utf-8") -> str:
 
 def quiet_transformers() -> None:
     """No loading bars and no advice from transformers in a command's output."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # Its retries, one line each; the error that they end in says what failed.
+    hub_logging.set_verbosity(hub_logging.ERROR)
 
 
 def _exit_code(error: BlockRAGError) -> int:

@@ -31,12 +31,14 @@ _ATTENTION = {
 
 
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="'demo', a hub id or a directory.")],
+    model: Annotated[str, typer.Argument(help="'demo', a hub id or a directory.")],
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Probe a model: can prompts be composed from its stored blocks, how exactly, and up to what length?
+    """Probe whether a model can be used.
+
+    Can prompts be composed from its stored blocks, how exactly, and up to what length?
 
     The shift probe finds, per layer, the rotation that moves keys and values to other positions. The equivalence
     probe compares a composed prompt with one forward under the block mask. Exit code 1 if the model is refused.
@@ -87,7 +89,7 @@ def _facts(probed: BlockModel, profile: ModelProfile) -> dict[str, str]:
         "attention": f"{profile.attention} ({_ATTENTION.get(profile.attention, 'chosen by transformers')})",
         "shift probe": f"keys and values move with relative error {profile.shift_error:.1e}",
         "equivalence": f"logits differ by {profile.equivalence_error:.1e} on a scale of {profile.logit_scale:.1f} "
-        f"({relative:.1e} relative)",
+        f"({relative:.0e})",
         "limit": limits,
         "at rest": f"{_token_bytes(probed, profile):,} bytes per token in {probed.precision}",
         "template": probed.template.name,
