@@ -69,7 +69,7 @@ _UNSPACED = (
 )
 # \w misses the vowel signs of the Indic scripts, which would cut their words apart.
 _INDIC = "\u0900-\u0963\u0966-\u0dff"
-_WORDS = re.compile(rf"(\d+(?:[.,]\d+)+)|([{_UNSPACED}]+)|((?:(?![{_UNSPACED}])[^\W_]|[{_INDIC}])+)(?:['’]s\b)?")
+_WORDS = re.compile(rf"(\d+(?:[.,]\d+)+)|([{_UNSPACED}]+)|((?:[^\W_{_UNSPACED}]+|[{_INDIC}]+)+)(?:['’]s\b)?")
 
 
 class LexicalEncoder:
