@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockrag.errors import DocumentError, InputError
@@ -236,6 +236,7 @@ def test_lone_surrogates_become_replacement_characters(tmp_path):
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=())), min_size=4, max_size=4))
+@settings(deadline=None)
 def test_any_json_strings_become_an_encodable_document(strings):
     document = reading._from_record(
         json.loads(json.dumps({"text": strings[0], "title": strings[1], strings[2]: strings[3]})), "x#1"

@@ -5,6 +5,7 @@ the whole recovery story. The index, the record of what is done, never names a b
 stops a pass leaves whole batches behind, and the next pass finds the blocks of the unfinished batch in the store by
 their content and the committed documents by their hash. Blocks that lose their last passage are dropped after the
 commit that took it; a pass killed between the two leaves a few unused blocks, which `delete_unused_blocks` finds.
+Where several indexes share a store, one may drop what another names: a miss there, which its next pass makes good.
 
 Nothing here knows how text is read, how blocks are computed, or how either store works.
 """
