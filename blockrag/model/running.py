@@ -44,7 +44,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer: the text that became certain with `token_id` (possibly none)."""
+    """A piece of an answer: the text that became certain with `token_id` (possibly none); one chunk per token."""
 
     text: str
     token_id: int
@@ -151,22 +151,20 @@ class RunningPrompt:
             if token in stop_ids:
                 # Not kept: the next turn's markup closes this one.
                 reason = "stop"
+                if rest := stream.finish():
+                    yield Chunk(rest, token)
                 break
             self.token_ids.append(token)
             self._pending = [token]
-            yield Chunk(stream.push(token), token)
-            if stream.stopped:
-                reason = "stop"
+            text = stream.push(token)
+            if stream.stopped or len(generated) >= budget:
+                # The last token may complete a stop string and begin a character that never came.
+                text += stream.finish()
+                reason = "stop" if stream.stopped else "length"
+                yield Chunk(text, token)
                 break
-            if len(generated) >= budget:
-                break
+            yield Chunk(text, token)
             self._forward(self._take_pending())
-        rest = stream.finish()
-        if stream.stopped:
-            # The last token may complete a stop string and begin a character that never came.
-            reason = "stop"
-        if rest:
-            yield Chunk(rest, generated[-1])
         self.timings.decode_s = time.perf_counter() - first_token_at
         return Generation(stream.text, tuple(generated), reason, self.usage, self.timings)
 
@@ -236,8 +234,11 @@ class RunningPrompt:
         if not token_ids:
             return
         started = time.perf_counter()
-        pending = self._take_pending()
-        self._forward([*pending, *token_ids])
+        tokens = [*self._take_pending(), *token_ids]
+        # Recurrent models continue exactly by one token at a time only.
+        step = 1 if self.source is None and self._placed else len(tokens)
+        for first in range(0, len(tokens), step):
+            self._forward(tokens[first : first + step])
         self.token_ids.extend(token_ids)
         self.usage.blocks_computed += 1
         self.usage.tokens_computed += len(token_ids)
