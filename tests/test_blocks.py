@@ -344,7 +344,7 @@ def test_states_that_are_not_finite_are_an_error() -> None:
     assert model.store.stats().blocks == 0
 
 
-# -- Who shares blocks with whom ---------------------------------------------------------------------------------------
+# -- Who shares blocks with whom -------------------------------------------------------------------------------------
 
 
 def test_namespaces_do_not_share_blocks(make_model: Make) -> None:
