@@ -232,6 +232,7 @@ class BlockRAG:
             max_passage_tokens=max_passage_tokens,
             prune=prune,
             progress=progress,
+            tokenizer=self.model.tokenizer,
         )
 
     def delete(self, document_id: str) -> Change:
