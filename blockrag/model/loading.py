@@ -73,7 +73,9 @@ def load_pretrained(
     """
     name = str(checkpoint_path() if id_or_path == "demo" else id_or_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=revision, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:
         # Damaged weights and tokenizers raise plain Exception and RuntimeError from the libraries that read them.
@@ -82,6 +84,12 @@ def load_pretrained(
             f"cannot load a causal language model from {name!r}: {reason} "
             "Pass a directory with config.json and weights, or a Hugging Face model id."
         ) from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers only logs this, and fills them with random numbers.
+        raise InputError(
+            f"{name!r} lacks {len(missing)} weights of {type(model).__name__} (the first is {missing[0]}); "
+            "pass a complete checkpoint of a causal language model"
+        )
     facts_path = cached_file(
         name,
         FACTS_FILE,
