@@ -40,10 +40,12 @@ class Rates:
         copy_bytes_per_s: Bytes copied per second, each of them read once and written once.
         matrix_flops_per_s: Floating-point operations per second of a large matrix product, a multiplication and an
             addition being two.
+        upload_bytes_per_s: Bytes per second from pinned host memory to a GPU; None on a CPU.
     """
 
     copy_bytes_per_s: float
     matrix_flops_per_s: float
+    upload_bytes_per_s: float | None = None
 
 
 def measure_rates(device: str, dtype: torch.dtype) -> Rates:
@@ -62,8 +64,17 @@ def measure_rates(device: str, dtype: torch.dtype) -> Rates:
     size = 8192 if on_gpu else 512
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = partial(torch.mm, left, right, out=torch.empty_like(left))
+    upload_bytes_per_s = None
+    if on_gpu:
+        piece = target.chunk(pieces)[0]
+        upload_s = _fastest([partial(piece.copy_, torch.empty(piece.shape, pin_memory=True))] * 10, device)
+        upload_bytes_per_s = piece.numel() * 4 / upload_s
     product_s = _fastest([product] * (20 if on_gpu else 400), device)
-    return Rates(copy_bytes_per_s=source.numel() * 4 / pieces / copy_s, matrix_flops_per_s=2 * size**3 / product_s)
+    return Rates(
+        copy_bytes_per_s=source.numel() * 4 / pieces / copy_s,
+        matrix_flops_per_s=2 * size**3 / product_s,
+        upload_bytes_per_s=upload_bytes_per_s,
+    )
 
 
 def _fastest(actions: Sequence[Callable[[], object]], device: str) -> float:

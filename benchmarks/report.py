@@ -103,7 +103,8 @@ def _provenance(result: dict[str, Any]) -> str:
         f"load average {load['before']} before, {load['after']} after"
         + (f"; {result['note']}" if result["note"] else ""),
         f"measured in the run: copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"matrix product {_rate(rates['matrix_flops_per_s'])} in {model['compute_dtype']}",
+        f"matrix product {_rate(rates['matrix_flops_per_s'])} in {model['compute_dtype']}"
+        + (f", host to GPU {rates['upload_bytes_per_s'] / 1e9:.1f} GB/s" if rates["upload_bytes_per_s"] else ""),
         f"{_count(model['parameters'])} parameters, random; {model['layers']} layers, "
         f"{model['attention_heads']} query and {model['kv_heads']} key heads; "
         f"computes in {model['compute_dtype']}, keeps {model['precision_at_rest']}, "

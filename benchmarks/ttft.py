@@ -247,7 +247,8 @@ def _bounds(model: BlockModel, prompt: SegmentedPrompt, rates: Rates, at_rest: i
     """Seconds below which no implementation of a mode can be on this machine.
 
     Counted FLOPs at the matrix rate, or one read of the weights if that takes longer; composing adds one read of the
-    blocks at rest and one write of the cache, at the copy rate. What a medium adds to a disk read is left out.
+    blocks at rest and one write of the cache, at the copy rate, and on a GPU the blocks' way there. What a medium
+    adds to a disk read is left out.
     """
     shape = ModelShape.from_config(model.model.config)
     blocks = [len(block) for block in prompt.local_blocks]
@@ -262,6 +263,8 @@ def _bounds(model: BlockModel, prompt: SegmentedPrompt, rates: Rates, at_rest: i
         return float(max((flops or 0) / rates.matrix_flops_per_s, read_weights_s))
 
     warm = (at_rest + _cache_bytes(model, prompt)) / bytes_per_s + compute_s(query, reused=sum(blocks))
+    if rates.upload_bytes_per_s is not None:
+        warm += at_rest / rates.upload_bytes_per_s
     return {
         "full": compute_s(prompt.num_tokens),
         "cold": compute_s(query, missed=blocks),
