@@ -99,6 +99,9 @@ def test_the_score_is_bm25_itself():
         expected = [plain_bm25(question, text, CORPUS) for text in CORPUS]
         np.testing.assert_allclose(encoder.score(question, passages, counts), expected, rtol=1e-12)
     assert encoder.score("cat", [], counts) == []
+    huge = "cat dog " * 5000
+    short, long = encoder.score("tree", [passage("cat tree"), passage(huge + "tree")], counts)
+    assert short > long > 0
     assert isinstance(encoder, RescoringEncoder)
 
 

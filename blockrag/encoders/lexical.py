@@ -46,6 +46,7 @@ _LENGTH_SHARE = 0.75
 # the true mean's recall@1 or above it: benchmarks/lexical_recall.py.
 _AVERAGE_LENGTH = 100
 _SPARE_CANDIDATES = 64
+_REMEMBERED_CHARACTERS = 4000
 _LONGEST_WORD = 64
 _ROWS_AT_ONCE = 1024
 
@@ -135,7 +136,7 @@ class LexicalEncoder:
         weights = {stem: _idf(known[stem], statistics.passages) for stem in stems if known.get(stem)}
         scores = []
         for passage in passages:
-            counted = _term_weights(words(f"{passage.title} {passage.text}"))
+            counted = _passage_weights(f"{passage.title} {passage.text}")
             scores.append(sum(weight * counted.get(stem, 0.0) for stem, weight in weights.items()))
         return scores
 
@@ -177,6 +178,16 @@ def _term_weights(words: Sequence[str]) -> dict[str, float]:
     """BM25's saturated term frequency of each stem, in order of first appearance."""
     penalty = _SATURATION * (1 - _LENGTH_SHARE + _LENGTH_SHARE * len(words) / _AVERAGE_LENGTH)
     return {stem: n * (_SATURATION + 1) / (n + penalty) for stem, n in Counter(words).items()}
+
+
+def _passage_weights(text: str) -> Mapping[str, float]:
+    """The term weights of a passage, remembered while it is popular unless it is huge."""
+    return _remembered_weights(text) if len(text) <= _REMEMBERED_CHARACTERS else _term_weights(words(text))
+
+
+@lru_cache(maxsize=2048)
+def _remembered_weights(text: str) -> Mapping[str, float]:
+    return _term_weights(words(text))
 
 
 def _weighted_sum(weights: Mapping[str, float], dimension: int) -> Vectors:

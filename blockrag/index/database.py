@@ -334,10 +334,13 @@ class PassageDatabase:
         return [DocumentInfo(*columns) for columns in self._run(sql)]
 
     def document_hash(self, document_id: str, fingerprint: str) -> str | None:
-        """The content hash recorded for a document under a fingerprint."""
-        sql = "SELECT content_hash FROM document_hash WHERE document_id = ? AND fingerprint = ?"
-        found = self._run(sql, (document_id, fingerprint))
-        return str(found[0][0]) if found else None
+        """The content hash recorded for a document under a fingerprint; "" for a document without one under ""."""
+        sql = """SELECT content_hash FROM document LEFT JOIN document_hash ON document_id = id AND fingerprint = ?
+                 WHERE id = ?"""
+        found = self._run(sql, (fingerprint, document_id))
+        if not found or (found[0][0] is None and fingerprint):
+            return None
+        return str(found[0][0] or "")
 
     def block_keys(self, fingerprint: str | None) -> set[str]:
         """All block keys, or those recorded under one fingerprint."""

@@ -519,7 +519,8 @@ class PassageIndex:
                 that is, gave them their block keys; "" asks for any.
 
         Returns:
-            None when the document is unknown, was changed by `add` since, or was not replaced under the fingerprint.
+            None when the document is unknown, or was not replaced under the fingerprint. "" when it is known but has
+            no hash: it came or was changed by `add`.
         """
         _storable("document id", document_id)
         _storable("fingerprint", fingerprint)
