@@ -21,7 +21,6 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 from blockrag.demo import forms
@@ -86,20 +85,6 @@ _PEAKS += ["Cerro {}", "Gora {}", "Jabal {}", "Volcan {}", "Pic {}", "{} de {}",
 _LANGUAGES = ["{}", "{}", "{}ish", "{}ese", "{}ian", "{}i", "{} {}", "Old {}", "{} Creole"]
 _UNITS = ["dollars", "pounds", "francs", "dinars", "pesos", "rupees", "crowns", "shillings", "rials", "rubles", "lei"]
 _REGIONS = ["Northern {}", "Southern {}", "Eastern {}", "Western {}", "Central {}", "{}", "the {}", "the {} Sea"]
-# Each kind can be told by its shape: a model finds the right kind of value first, and then learns to mind the name.
-_SIMPLE_VALUES: Mapping[str, str] = MappingProxyType(
-    {
-        "capital": "{0}",
-        "region": "Northern {0}",
-        "population": "{1} million",
-        "area": "{1} sq km",
-        "language": "{0}ish",
-        "currency": "{0} dollars",
-        "peak": "Mount {0}",
-        "internet": "{2}",
-        "neighbor": "New {0}",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +146,6 @@ class World:
             raise InputError(f"split is {split!r}; pass 'train' or 'test'")
         self._random = random.Random(f"{split}-{seed}")
         self._split: Split = split
-        self._simple = False
         open_facts = [fact for fact in facts if not fact.held_out]
         shared = {text.casefold() for fact in open_facts for text in (fact.name, fact.value)}
         held_names = {fact.name.casefold() for fact in facts if fact.held_out}
@@ -175,13 +159,7 @@ class World:
         self._pool = self._real_pool(open_facts)
 
     def context(
-        self,
-        *,
-        passages: int,
-        facts: tuple[int, int] = (4, 6),
-        questions: int = 12,
-        order: float = 0.7,
-        simple: bool = False,
+        self, *, passages: int, facts: tuple[int, int] = (4, 6), questions: int = 12, order: float = 0.7
     ) -> Context:
         """Draw one context.
 
@@ -190,7 +168,6 @@ class World:
             facts: Least and greatest number of facts in a passage.
             questions: At most so many questions about facts.
             order: Probability of a question about the first document, and of one about the last.
-            simple: Short words, and values whose shape tells their kind: the first lessons of the curriculum.
 
         Raises:
             InputError: `passages` is less than 1.
@@ -198,7 +175,6 @@ class World:
         if passages < 1:
             raise InputError(f"passages is {passages}; a context needs at least one")
         rng = self._random
-        self._simple = simple
         names = self._names(passages)
         described = [(name, self._facts(name, names, rng.randint(*facts))) for name in names]
         asked = [(name, kind, value) for name, values in described for kind, value in values.items()]
@@ -221,7 +197,7 @@ class World:
         rng, names = self._random, [self._place()]
         while len(names) < count:
             name = self._place()
-            if not self._simple and rng.random() < 0.25:
+            if rng.random() < 0.25:
                 base = max(re.sub(_GENERIC, " ", rng.choice(names)).split(), key=len)
                 name = rng.choice(("North {}", "South {}", "New {}", "{} Islands", "Saint {}", "{}ia")).format(base)
             if name not in names and self._allowed(name):
@@ -239,8 +215,6 @@ class World:
 
     def _value(self, kind: str, names: Sequence[str]) -> str:
         rng = self._random
-        if self._simple:
-            return _SIMPLE_VALUES[kind].format(self._word(), rng.randint(10, 999), self._code())
         if kind == "population":
             return round_number(10 ** rng.uniform(3, 9.3))
         if kind == "area":
@@ -267,8 +241,6 @@ class World:
     def _place(self) -> str:
         while True:
             real = self._pool["name"]
-            if self._simple:
-                return self._word()
             if real and self._random.random() < 0.15:
                 return self._random.choice(real)
             name = self._shaped(_PLACES)
@@ -287,9 +259,7 @@ class World:
         rng = self._random
         while True:
             style = rng.random()
-            if self._simple:
-                word = "".join(rng.choice(_ONSETS[:18]) + rng.choice("aeiou") for _ in range(2))
-            elif style < 0.45:
+            if style < 0.45:
                 word = "".join(
                     rng.choice(_ONSETS) * (rng.random() < 0.9) + rng.choice(_VOWELS) + rng.choice(_CODAS)
                     for _ in range(rng.choice((1, 2, 2, 2, 3, 3)))
@@ -298,7 +268,7 @@ class World:
                 word = self._chained_word()
             else:
                 word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8)))
-            if not self._simple and rng.random() < 0.06:
+            if rng.random() < 0.06:
                 place = rng.randrange(len(word))
                 word = word[:place] + rng.choice(_ACCENTS.get(word[place], word[place])) + word[place + 1 :]
             real = word.casefold() in self._real_words or _bare(word) in self._real_words

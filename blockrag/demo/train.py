@@ -1,13 +1,14 @@
 """Train the demo checkpoint from scratch on made-up countries, on one CPU core, and measure it.
 
-    python -m blockrag.demo.train --out DIR --steps 7500 --seed 0
+    python -m blockrag.demo.train --out DIR --steps 9000 --seed 0
     python -m blockrag.demo.train --measure DIR
 
 Two phases. First full attention, with a curriculum over the number of passages: it starts at two (one passage needs
-no matching of names, so none is learned) and adds one whenever the running answer loss falls below 0.5; the first
-lessons use short words. Then dual block fine-tuning (arXiv 2409.15355, section 3.3): batches alternate between the
-block mask and full attention, so that the checkpoint serves both. The loss is the answers' cross entropy plus half of
-the cross entropy of all tokens; the latter is what makes copying emerge early.
+no matching of names, so none is learned) and adds one whenever the running answer loss falls below 0.5. Then dual
+block fine-tuning (arXiv 2409.15355): batches alternate between the block mask and full attention, so
+that the checkpoint serves both. The loss is the answers' cross entropy plus half of the cross entropy of all tokens;
+the latter is what makes copying emerge early. Values must differ in shape by kind of fact (numbers, "Mount ...",
+".xx"): then the right kind is found first, and the name is minded next; with uniform made-up words neither is learned.
 
 Half of the sequences leave positions out between neighboring blocks, so that distances longer than the sequences
 trained on are seen (shifting a whole prompt would change nothing: rotary positions are relative).
@@ -51,6 +52,7 @@ class Recipe:
         steps: Optimizer steps of both phases together.
         seed: Seeds the weights and the data.
         vocabulary: Size of the byte-level BPE vocabulary.
+        tokenizer_contexts: Number of contexts to train the tokenizer on.
         hidden: Width of the Llama model.
         intermediate: Width of its MLPs.
         layers: Number of its layers.
@@ -64,12 +66,12 @@ class Recipe:
         batch_tokens: About so many tokens a step once all passages are in use; fewer before.
         lm_weight: Weight of the loss over all tokens.
         max_gap: Most positions left out in one sequence, over all its block borders.
-        simple: Share of sequences with short words while there are at most three passages; fewer later.
     """
 
-    steps: int = 7500
+    steps: int = 9000
     seed: int = 0
     vocabulary: int = 768
+    tokenizer_contexts: int = 1500
     hidden: int = 192
     intermediate: int = 384
     layers: int = 4
@@ -77,13 +79,12 @@ class Recipe:
     kv_heads: int = 2
     learning_rate: float = 2e-3
     decay: float = 0.4
-    block_phase: float = 0.6
+    block_phase: float = 0.55
     max_passages: int = 8
     questions: int = 16
-    batch_tokens: int = 2600
+    batch_tokens: int = 2400
     lm_weight: float = 0.5
     max_gap: int = 500
-    simple: float = 0.9
 
 
 @dataclass(slots=True)
@@ -152,8 +153,8 @@ def train_tokenizer(facts: Sequence[RealFact], recipe: Recipe) -> Tokenizer:
 
     world = World(facts, split="train", seed=recipe.seed + 1000)
     texts = []
-    for number in range(1500):
-        context = world.context(passages=4, questions=6, simple=number % 4 == 0)
+    for _ in range(recipe.tokenizer_contexts):
+        context = world.context(passages=4, questions=6)
         texts += [forms.PREFIX] + [forms.passage_block(*passage) for passage in context.passages]
         texts += [forms.query_block(row.question) + forms.answer_text(row.answer) for row in context.questions]
     tokenizer = Tokenizer(models.BPE())
@@ -197,18 +198,28 @@ def build_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
     return model
 
 
-def train(recipe: Recipe, out: Path, *, minutes: float | None = None, report_every_s: float = 180) -> None:
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    start: Path | None = None,
+    minutes: float | None = None,
+    report_every_s: float = 180,
+) -> None:
     """Train, and write the checkpoint folder, with the weights before block fine-tuning in its folder `full_only`.
 
     Args:
         recipe: The numbers.
         out: Folder to write; made if absent. Every report leaves a usable checkpoint there.
+        start: Checkpoint folder whose weights and tokenizer to start from, instead of from scratch.
         minutes: Latest end, by the wall clock.
         report_every_s: Seconds between two reports.
     """
     facts = real_facts()
-    tokenizer = train_tokenizer(facts, recipe)
+    tokenizer = train_tokenizer(facts, recipe) if start is None else _load_tokenizer(start)
     run = _Run(model=build_model(recipe, tokenizer.get_vocab_size()), tokenizer=tokenizer)
+    if start is not None:
+        run.model.load_state_dict(type(run.model).from_pretrained(start).state_dict())
     parameters = sum(weight.numel() for weight in run.model.parameters())
     run.log = {"recipe": asdict(recipe), "parameters": parameters, "events": [], "reports": []}
     _LOG.info("%d parameters, %d tokens in the vocabulary", parameters, tokenizer.get_vocab_size())
@@ -246,6 +257,12 @@ def train(recipe: Recipe, out: Path, *, minutes: float | None = None, report_eve
     _save(out, run, recipe)
 
 
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 def _learning_rate(recipe: Recipe, step: int, progress: float) -> float:
     fall = min(1.0, max(0.02, (1 - progress) / recipe.decay))
     return recipe.learning_rate * min(1.0, (step + 1) / 40, fall)
@@ -268,13 +285,11 @@ def _step(
 
 
 def _draw(run: _Run, world: World, recipe: Recipe, attention: Attention, passages: int, rng: random.Random) -> Batch:
-    # Short words at first: what has to be learned is the look-up, and it is the same for all words.
-    simple = rng.random() < recipe.simple * (1.0 if run.passages <= 3 else 0.6 if run.passages <= 5 else 0.1)
-    facts = (3, 4) if simple or run.passages <= 3 else (4, 6)
+    facts = (3, 4) if run.passages <= 3 else (4, 6)
     rows, budget = [], recipe.batch_tokens * (2 + run.passages) // (2 + recipe.max_passages)
     while budget > 0:
-        rows.append(world.context(passages=passages, facts=facts, questions=recipe.questions, simple=simple))
-        budget -= passages * (12 if simple else 18) * sum(facts) // 2 + len(rows[-1].questions) * 21
+        rows.append(world.context(passages=passages, facts=facts, questions=recipe.questions))
+        budget -= passages * 18 * sum(facts) // 2 + len(rows[-1].questions) * 21
     return collate(rows, run.tokenizer, attention, gaps=rng, max_gap=recipe.max_gap)
 
 
@@ -394,18 +409,18 @@ def _card(log: Mapping[str, Any]) -> str:
     lines = ["| exact match, % (questions) | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(row[column] for column in columns) + " |" for name, row in table.items()]
     recipe = log["recipe"]
+    defaults = asdict(Recipe())
+    changed = [f"{name}={recipe[name]}" for name in defaults if recipe[name] != defaults[name]]
+    options = [name for name in changed if not name.startswith(("steps=", "seed="))]
     return _CARD.format(
+        **recipe,
         parameters=log["parameters"],
         table="\n".join(lines),
-        tokens=log.get("tokens", 0),
-        steps=log.get("steps", 0),
-        minutes=round(log.get("seconds", 0) / 60),
-        **{
-            name: recipe[name]
-            for name in ("hidden", "layers", "heads", "kv_heads", "vocabulary", "seed", "max_passages")
-        },
-        command_steps=recipe["steps"],
-        changes=" ".join(f"{name}={value}" for name, value in log.get("changes", {}).items()),
+        taken=log["steps"],
+        tokens=log["tokens"],
+        minutes=round(log["seconds"] / 60),
+        options="".join(f" {text}" for text in (["--set", *options] if options else [])),
+        start=f" {log['start']}" if log.get("start") else "",
         events="\n".join(f"- step {event['step']}: {event['event']}" for event in log["events"]),
     )
 
@@ -437,9 +452,9 @@ countries are held out: neither their names, nor values that only they have, occ
 "test" words are disjoint from its "train" words.
 
 ## Recipe
-`python -m blockrag.demo.train --out DIR --steps {command_steps} --seed {seed}{changes}` on one CPU core:
-{steps} steps, {tokens:,} tokens, {minutes} minutes. Full attention first, with a growing number of passages; then
-batches alternate between block and full attention. `train_log.json` holds every number.
+`python -m blockrag.demo.train --out DIR --steps {steps} --seed {seed}{options}` on one CPU core, {taken} steps,
+{tokens:,} tokens, {minutes} minutes.{start} Full attention first, with a growing number of passages; then batches
+alternate between block and full attention. `train_log.json` holds every number.
 
 {events}
 
@@ -466,6 +481,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--minutes", type=float, default=None, help="end by then, whatever the steps")
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--start", type=Path, default=None, help="start from the checkpoint in this folder")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="other fields of Recipe")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -478,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     for item in arguments.set:
         name, _, number = item.partition("=")
         changes[name] = type(getattr(defaults, name))(number)
-    train(replace(defaults, **changes), arguments.out, minutes=arguments.minutes)
+    train(replace(defaults, **changes), arguments.out, start=arguments.start, minutes=arguments.minutes)
 
 
 if __name__ == "__main__":
