@@ -122,9 +122,9 @@ def _parsed(number: int, data: bytes) -> BatchLine:
     try:
         fields = json.loads(data.decode("utf-8"), parse_constant=refuse)
         if not isinstance(fields, dict):
-            return BatchLine(number, raw, f"line {number} is a JSON {type(fields).__name__}, not an object")
+            return BatchLine(number, raw, f"a JSON {type(fields).__name__}, not an object; write one object per line")
         # Refuses what could be read and not be written again, such as 1e999.
         dump_json(fields)
     except (ValueError, RecursionError) as error:
-        return BatchLine(number, raw, f"line {number} is not valid JSON ({error}); write one object per line")
+        return BatchLine(number, raw, f"not valid JSON ({error}); write one object per line")
     return BatchLine(number, fields)

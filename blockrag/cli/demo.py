@@ -124,8 +124,8 @@ def _introduce(out: Output, rag: BlockRAG) -> dict[str, object]:
     layers = rag.model.model.config.num_hidden_layers
     _heading(out, "The model")
     out.show(
-        f"{weights:,} parameters in {layers} layers, trained for this demo and fine-tuned for\n"
-        "block attention. It answers questions about a country's capital, region,\n"
+        f"{weights:,} parameters in {layers} layers, trained from scratch for this demo, on made-up\n"
+        "countries. It answers questions about a country's capital, region,\n"
         "population, area, language, currency, highest point, internet code or\n"
         "neighbor, in the wording it was trained on, and nothing else.",
     )

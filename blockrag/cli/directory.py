@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +95,7 @@ def find_settings(path: Path) -> Settings | None:
         if raw.pop("format") != _FORMAT:
             raise PassageIndexError(f"{file} was written by another release of blockrag; use that one, or a new --path")
         return _checked(Settings(**raw))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
@@ -118,6 +118,8 @@ def remember(path: Path, settings: Settings) -> None:
         temporary.write_text(json.dumps({"format": _FORMAT, **asdict(settings)}, indent=2) + "\n", "utf-8")
         temporary.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         raise InputError(f"{file} cannot be written ({error.strerror}); pass a --path that can") from error
 
 

@@ -87,9 +87,9 @@ def generate(
 
     \b
     A line is a JSON object with exactly one of
-      prompt    a string: a RAG prompt in the model's own form (its passages become
-                blocks), or any other text (one global block, as it is, behind the
-                tokenizer's begin-of-sequence token where it has one)
+      prompt    a string: a RAG prompt in the model's own form (its passages
+                become blocks), or any other text (one global block, as it is,
+                behind the tokenizer's begin-of-sequence token if it has one)
       blocks    a list of strings, the last one global; nothing is added
       messages  a list of {"role", "content"}; one block per turn
     --format says which: rag (must parse), text, blocks, messages, or auto, which
@@ -140,8 +140,8 @@ class _Run:
             generation = model.generate(prompt, self.options)
         except InputError as error:
             self.failed += 1
-            self.out.error(f"line {line.number}: {error}")
             self._write(line, {"error": str(error)})
+            self.out.error(f"line {line.number}: {error}")
             return
         self.generated += 1
         usage = usage_json(generation.usage)

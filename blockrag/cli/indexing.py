@@ -83,7 +83,7 @@ def ingest(
         out.result({"path": str(path), **asdict(settings), **report_json(report)})
         if report.failures:
             out.exit_code = PARTLY_FAILED
-            out.error(f"{len(report.failures)} of the documents failed; correct them and run the same command again")
+            out.error(f"{_count(len(report.failures), 'document')} failed; correct them and run the same command again")
 
 
 def stats(path: IndexPath, documents: Documents = False, as_json: AsJson = False) -> None:
@@ -134,7 +134,7 @@ def delete(
 
             change = delete_document(document_id, index=index, store=store)
         blocks = len(change.orphaned_block_keys)
-        out.show(f"{document_id}: {change.removed:,} passages and {blocks:,} blocks deleted")
+        out.show(f"{document_id}: deleted with {_count(change.removed, 'passage')} and {_count(blocks, 'block')}")
         out.result({"document_id": document_id, "passages_deleted": change.removed, "blocks_deleted": blocks})
 
 
@@ -155,6 +155,10 @@ def size(nbytes: int) -> str:
         value /= 1024
         units.pop(0)
     return f"{nbytes} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _document_table(documents: list[DocumentInfo]) -> Table:

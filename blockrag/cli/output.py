@@ -165,7 +165,7 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     # Its retries, one line each; the error that they end in says what failed.
-    hub_logging.set_verbosity(hub_logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
 
 
 def _exit_code(error: BlockRAGError) -> int:
