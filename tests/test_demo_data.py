@@ -120,8 +120,8 @@ def test_values_are_cleaned():
     assert country.facts == {
         "capital": "Alpha City",
         "region": "Southern Asia",
-        "population": "1.42 billion",
-        "area": "38,400 sq km",
+        "population": "1.4 billion",
+        "area": "38 thousand sq km",
         "language": "Alphish",
         "currency": "Alphan dinars",
         "peak": "Mount Étoile",
@@ -161,7 +161,7 @@ def test_what_cannot_be_cleaned_is_left_out(kind, change):
         ({"currency": "<p>the US dollar is used</p>"}, "currency", "US dollars"),
         ({"currency": "Communaute francs (XOF) per US dollar"}, "currency", "West African CFA francs"),
         ({"location": "Caribbean, an island"}, "region", "the Caribbean"),
-        ({"area": "1.284 million sq km"}, "area", "1.28 million sq km"),
+        ({"area": "1.284 million sq km"}, "area", "1.3 million sq km"),
     ],
 )
 def test_special_values(change, kind, value):
@@ -187,11 +187,15 @@ def test_language_given_as_an_object():
     ("number", "text"),
     [
         (7, "7"),
-        (999, "999"),
-        (38_394, "38,400"),
+        (474, "470"),
+        (999, "1 thousand"),
+        (1_690, "1.7 thousand"),
+        (38_394, "38 thousand"),
         (999_999, "1 million"),
-        (8_925_741, "8.93 million"),
+        (8_925_741, "8.9 million"),
+        (114_000_000, "110 million"),
         (2e9, "2 billion"),
+        (0, "0"),
     ],
 )
 def test_round_number(number, text):
@@ -394,6 +398,13 @@ def test_gaps_only_move_whole_blocks(tokenizer):
     steps = moved.positions.diff(dim=-1)[:, : sum(_lengths(tokenizer, _CONTEXT, _CONTEXT.questions[0])[:-1]) - 1]
     assert (steps >= 1).all()
     assert ((steps > 1).sum(-1) <= 2).all()
+
+
+def test_numbers_of_two_digits_are_single_tokens_and_any_text_survives(tokenizer):
+    for number in (10, 47, 99, 4.7, 9.9):
+        assert tokenizer.encode(str(number)).tokens == [str(number)]
+    for text in ("1.42.3 and 12345\n\n  .x\u2028Ångström'll 東京 \U0001f600", " ", "4.75", ""):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 def test_packing_refuses_nonsense(tokenizer):

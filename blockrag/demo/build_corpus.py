@@ -92,14 +92,12 @@ def countries(entries: Mapping[str, Mapping[str, Any]]) -> list[Country]:
 
 
 def round_number(number: float) -> str:
-    """Return a count with at most three significant digits ("893,000", "8.9 million", "1.42 billion")."""
-    if number >= 1000:
-        digits = len(str(int(number)))
-        number = round(number, 3 - digits)
-    for size, word in ((1_000_000_000, "billion"), (1_000_000, "million")):
+    """Return a count with two significant digits, in words ("890 thousand", "8.9 million", "1.4 billion")."""
+    number = round(number, 2 - len(str(int(number))))
+    for size, word in ((10**9, " billion"), (10**6, " million"), (1000, " thousand"), (1, "")):
         if number >= size:
-            return f"{number / size:.3g} {word}"
-    return f"{round(number):,}"
+            return f"{number / size:g}{word}"
+    return f"{number:g}"
 
 
 def build(entries: Mapping[str, Mapping[str, Any]], *, seed: int = SEED) -> tuple[list[Any], list[Any]]:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "main", "measure", "real_contexts", "real_facts", "train"]
 
+# The pieces of GPT-2's tokenizer, but with numbers cut to two digits.
+_PIECES = r"""\d\.\d(?!\d)|\d{1,2}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _LOG = logging.getLogger(__name__)
 
 
@@ -61,7 +63,8 @@ class Recipe:
         learning_rate: Peak; linear warm-up over 40 steps, linear decay over the last `decay` of the run.
         decay: Share of the run in which the learning rate falls.
         block_phase: Share of the run after which block fine-tuning begins.
-        max_passages: Most passages in a sequence.
+        min_passages: Most passages in a sequence at the start of the curriculum.
+        max_passages: Most passages in a sequence at its end.
         questions: Most questions about facts in a sequence.
         batch_tokens: About so many tokens a step once all passages are in use; fewer before.
         lm_weight: Weight of the loss over all tokens.
@@ -80,6 +83,7 @@ class Recipe:
     learning_rate: float = 2e-3
     decay: float = 0.4
     block_phase: float = 0.55
+    min_passages: int = 2
     max_passages: int = 8
     questions: int = 16
     batch_tokens: int = 2400
@@ -93,7 +97,7 @@ class _Run:
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
-    passages: int = 2
+    passages: int
     answer_loss: float = 3.0
     lm_loss: float = 0.0
     tokens: int = 0
@@ -148,8 +152,8 @@ def real_contexts(
 
 
 def train_tokenizer(facts: Sequence[RealFact], recipe: Recipe) -> Tokenizer:
-    """Train the byte-level BPE tokenizer on made-up countries of the train split; digits stay single tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Train the byte-level BPE tokenizer on made-up countries of the train split, and add the short numbers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     world = World(facts, split="train", seed=recipe.seed + 1000)
     texts = []
@@ -158,9 +162,9 @@ def train_tokenizer(facts: Sequence[RealFact], recipe: Recipe) -> Tokenizer:
         texts += [forms.PREFIX] + [forms.passage_block(*passage) for passage in context.passages]
         texts += [forms.query_block(row.question) + forms.answer_text(row.answer) for row in context.questions]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    pieces = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary,
@@ -169,7 +173,27 @@ def train_tokenizer(facts: Sequence[RealFact], recipe: Recipe) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _with_numbers(tokenizer)
+
+
+def _with_numbers(tokenizer: Tokenizer) -> Tokenizer:
+    """Make one token of every number of two digits ("47", "4.7").
+
+    Copying a number digit by digit is far harder to learn than copying a word: digits repeat all over the passages.
+    """
+    from tokenizers import Tokenizer
+
+    described = json.loads(tokenizer.to_str())
+    vocabulary, merges = described["model"]["vocab"], described["model"]["merges"]
+    known = {tuple(merge) for merge in merges}
+    pairs = [(first, second) for first in "123456789" for second in "0123456789"]
+    pairs += [(first, ".") for first in "123456789"]
+    pairs += [(f"{first}.", second) for first in "123456789" for second in "123456789"]
+    for pair in pairs:
+        if pair not in known:
+            vocabulary.setdefault("".join(pair), len(vocabulary))
+            merges.append(list(pair))
+    return Tokenizer.from_str(json.dumps(described))
 
 
 def build_model(recipe: Recipe, vocabulary: int) -> LlamaForCausalLM:
@@ -217,7 +241,7 @@ def train(
     """
     facts = real_facts()
     tokenizer = train_tokenizer(facts, recipe) if start is None else _load_tokenizer(start)
-    run = _Run(model=build_model(recipe, tokenizer.get_vocab_size()), tokenizer=tokenizer)
+    run = _Run(build_model(recipe, tokenizer.get_vocab_size()), tokenizer, recipe.min_passages)
     if start is not None:
         run.model.load_state_dict(type(run.model).from_pretrained(start).state_dict())
     parameters = sum(weight.numel() for weight in run.model.parameters())
