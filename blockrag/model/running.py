@@ -223,6 +223,8 @@ class RunningPrompt:
             started = time.perf_counter()
             for place in places:
                 composition.place(kv, starts[place])
+            # Not to be alive while the next one is read.
+            del kv
             self.timings.compose_s += time.perf_counter() - started
         started = time.perf_counter()
         composition.rotate()
