@@ -561,6 +561,15 @@ def test_full_attention_is_the_plain_model(make_model: Make, case: str) -> None:
     assert model.store.stats().misses == 0, "no block was looked for"
 
 
+def test_a_batch_in_full_attention_materializes_nothing(make_model: Make) -> None:
+    model = make_model()
+    other = prompt_of((3, 20), 2, seed=1)
+    together = model.generate([PROMPT, other], options(), attention="full")
+    alone = [model.generate(prompt, options(), attention="full") for prompt in (PROMPT, other)]
+    assert [generation.token_ids for generation in together] == [generation.token_ids for generation in alone]
+    assert model.store.stats().blocks == 0
+
+
 @pytest.mark.parametrize("case", REFUSED_CASES, ids=lambda case: case.id)
 def test_models_that_cannot_be_composed_still_answer_in_full(case: ModelCase) -> None:
     plain = tiny_model(case)

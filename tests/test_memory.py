@@ -1,0 +1,116 @@
+"""Memory while a prompt is composed: the resident set of a fresh process, with a cache large enough to stand out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BLOCKS = 40
+BLOCK_TOKENS = 50
+QUERY, ROOM = 4, 8
+# 64 KiB of cache per token in float32: 125 MiB for the prompt below, on a model whose weights are 17 MiB.
+SHAPE = {
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+}
+CACHE_BYTES = 8 * 2 * 16 * 64 * 4 * (BLOCKS * BLOCK_TOKENS + QUERY + ROOM)
+KINDS = ("disk", "memory")
+PRECISIONS = ("float16", "float32")
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM (the peak) of this process, in bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Set VmHWM back to the present resident set."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(directory: str, *, blocks: int = BLOCKS) -> dict[str, dict[str, int]]:
+    """Compose a warm prompt from each store at each precision: bytes of the cache, and of the peak above the start."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_exactness import prompt_of
+    from tiny_models import ModelCase, tiny_model
+    from tiny_tokenizers import plain_tokenizer
+
+    from blockrag.model.block_model import BlockModel
+    from blockrag.model.facts import BlockAttentionFacts
+    from blockrag.stores import MemoryStore
+    from blockrag.stores.disk import DiskStore
+
+    torch.set_num_threads(1)
+    weights = tiny_model(ModelCase("wide", "llama", SHAPE))
+    prompt = prompt_of([BLOCK_TOKENS * BLOCKS // blocks] * blocks, QUERY)
+    results = {}
+    for precision in PRECISIONS:
+        for kind in KINDS:
+            store: Any = DiskStore(Path(directory) / precision) if kind == "disk" else MemoryStore()
+            model = BlockModel(
+                weights,
+                plain_tokenizer(),
+                store=store,
+                precision=precision,  # type: ignore[arg-type]
+                facts=BlockAttentionFacts(block_fine_tuned=True),
+            )
+            model.materialize(prompt.local_blocks)
+            results[f"{kind}-{precision}"] = compose(model, prompt)
+            store.close()
+    return results
+
+
+def compose(model: Any, prompt: Any) -> dict[str, int]:
+    from blockrag.rope import angle_table
+
+    # Kept between prompts, and shared by all of them: not this prompt's memory.
+    angle_table(model.profile.regimes[0].ropes[0].keys, prompt.num_tokens, torch.device("cpu"))
+    running = model.start()
+    forget_peak()
+    before = resident("VmRSS")
+    running.extend(prompt.blocks, room=ROOM)
+    peak = resident("VmHWM") - before
+    assert running.usage.blocks_reused == len(prompt.local_blocks)
+    cache = running.cache.nbytes
+    running.close()
+    return {"cache": cache, "peak": peak}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    # glibc then returns every larger piece at once, so that the resident set is what is in use.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, str(Path(__file__)), str(tmp_path_factory.mktemp("kv"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_composing_needs_little_more_than_the_cache(
+    measured: dict[str, dict[str, int]], kind: str, precision: str
+) -> None:
+    """Blocks are placed one by one and dropped: never a second copy of the prompt, from no store."""
+    cache, peak = (measured[f"{kind}-{precision}"][name] for name in ("cache", "peak"))
+    assert cache == CACHE_BYTES
+    assert peak >= 0.95 * cache, "the measurement sees the cache itself"
+    assert peak <= 1.2 * cache, f"{peak / cache:.2f}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(sys.argv[1], blocks=int((*sys.argv, BLOCKS)[2]))) + "\n")
