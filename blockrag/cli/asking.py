@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat", "query"]
 
-Question = Annotated[str, typer.Argument(help="The question.")]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")]
 Stream = Annotated[
     bool | None,
     typer.Option("--stream/--no-stream", help="Print the answer as it comes; by default on a terminal."),

@@ -159,7 +159,9 @@ def _ask(out: Output, rag: BlockRAG) -> list[dict[str, object]]:
 
     expected = {row.question: row.answer for row in load_questions()}
     _heading(out, "2  Ask: blocks are loaded and composed, only the question is computed")
-    out.show("Times in ms on one CPU core; 'first' is from question to first token.")
+    device = rag.model.model.device
+    where = "one CPU core" if device.type == "cpu" else str(device)
+    out.show(f"Times in ms on {where}; 'first' is from question to first token.")
     results: list[dict[str, object]] = []
     for number, question in enumerate(_QUESTIONS):
         asked = [("block", _answer(rag, question, "block")), ("full", _answer(rag, question, "full"))]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["delete", "ingest", "report_json", "size", "stats"]
 
-Sources = Annotated[list[Path], typer.Argument(help="Files and folders.")]
+Sources = Annotated[list[Path], typer.Argument(metavar="SOURCES...", help="Files and folders.")]
 MaxPassageTokens = Annotated[
     int | None,
     typer.Option("--max-passage-tokens", min=1, help="Longest passage; by default 256, or what was used before."),
@@ -114,7 +114,7 @@ def stats(path: IndexPath, documents: Documents = False, as_json: AsJson = False
 
 
 def delete(
-    document_id: Annotated[str, typer.Argument(help="As `stats --documents` lists it.")],
+    document_id: Annotated[str, typer.Argument(metavar="DOCUMENT_ID", help="As `stats --documents` lists it.")],
     path: IndexPath,
     as_json: AsJson = False,
 ) -> None:

@@ -31,7 +31,7 @@ _ATTENTION = {
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="'demo', a hub id or a directory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="'demo', a hub id or a directory.")],
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
