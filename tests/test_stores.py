@@ -592,13 +592,13 @@ class TestDiskDamage:
     def test_value_file_that_ends_while_it_is_read(self, disk, root):
         """Another process may cut the file between the check of its length and the read."""
         row = disk._rows([key(2)])[key(2)]
-        handle, view = disk._disk.open(row, row.size)
+        opened = disk._disk.open(row, row.size)
         os.truncate(value_files(root)[0], IN_FILE // 2)
-        assert disk_module._fill(handle, view) is None
+        assert disk_module._read(opened) is None
 
     def test_value_file_that_cannot_be_read(self, root, caplog):
         handle = os.open(value_files(root)[0], os.O_WRONLY)
-        assert disk_module._fill(handle, memoryview(bytearray(8))) is None
+        assert disk_module._read(disk_module._OpenValue(handle, 8)) is None
         assert "cannot read a value file" in caplog.text
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(handle)
