@@ -60,7 +60,7 @@ class Hit:
 
     Args:
         passage: The passage.
-        score: The encoder's inner product; higher is better, the scale is the encoder's own.
+        score: Higher is better; the scale is the encoder's own (an inner product, or BM25 for the lexical encoder).
     """
 
     passage: Passage

@@ -20,6 +20,7 @@ from blockrag.ingest import delete, ingest
 from blockrag.model.block_model import Attention, BlockModel
 from blockrag.model.running import Chunk, FinishReason, Generation, RunningPrompt
 from blockrag.model.sampling import GenerationOptions
+from blockrag.model.stream import ResultStream
 from blockrag.stores import DiskStore, MemoryStore
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from blockrag.prompt import Block
     from blockrag.stores.protocol import BlockStore, StoreStats
 
-__all__ = ["Answer", "AnswerStream", "AnswerTimings", "BlockRAG", "Chat", "PassageOrder"]
+__all__ = ["Answer", "AnswerTimings", "BlockRAG", "Chat", "PassageOrder"]
 
 PassageOrder = Literal["best-first", "best-last"]
 
@@ -74,41 +75,6 @@ class Answer:
     timings: AnswerTimings
     usage: Usage
     finish_reason: FinishReason
-
-
-class AnswerStream(Iterator[str]):
-    """An answer in progress: iterate for its text, then read `answer`. Closing or dropping it stops the work."""
-
-    def __init__(self, run: Generator[str, None, Answer]) -> None:
-        self._run = self._remember(run)
-        self._answer: Answer | None = None
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer.
-
-        Raises:
-            InputError: The stream has not been read to its end.
-        """
-        if self._answer is None:
-            raise InputError("the answer is not finished; read the stream to its end, or call finish()")
-        return self._answer
-
-    def __next__(self) -> str:
-        return next(self._run)
-
-    def finish(self) -> Answer:
-        """Read the rest of the stream; returns the finished answer."""
-        for _ in self:
-            pass
-        return self.answer
-
-    def close(self) -> None:
-        """Stop the work and free the cache."""
-        self._run.close()
-
-    def _remember(self, run: Generator[str, None, Answer]) -> Generator[str, None, None]:
-        self._answer = yield from run
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +153,9 @@ class BlockRAG:
         """
         from blockrag.encoders import open_encoder
 
-        store: BlockStore
-        if path is None:
-            store = MemoryStore(max_bytes=max_bytes)
-        else:
-            store = DiskStore(Path(path) / "kv", max_bytes=max_bytes)
+        store: BlockStore = (
+            MemoryStore(max_bytes=max_bytes) if path is None else DiskStore(Path(path) / "kv", max_bytes=max_bytes)
+        )
         language_model = BlockModel.from_pretrained(
             model,
             device=device,
@@ -276,9 +240,9 @@ class BlockRAG:
         k: int | None = None,
         where: Mapping[str, object] | None = None,
         attention: Attention | None = None,
-    ) -> AnswerStream:
+    ) -> ResultStream[str, Answer]:
         """Answer piece by piece; see `query`. Nothing runs before the first piece is asked for."""
-        return AnswerStream(self._answer(question, options or GenerationOptions(), k, where, attention))
+        return ResultStream(self._answer(question, options or GenerationOptions(), k, where, attention))
 
     async def aquery(
         self,
@@ -293,7 +257,7 @@ class BlockRAG:
         stream = self.stream(question, options, k=k, where=where, attention=attention)
         async for _ in self.model.on_worker(stream):
             pass
-        return stream.answer
+        return stream.result
 
     async def astream(
         self,
@@ -348,7 +312,7 @@ class BlockRAG:
             yield from _texts(stream)
         finally:
             stream.close()
-        return _answered(stream.generation, hits, started, retrieve_s)
+        return _answered(stream.result, hits, started, retrieve_s)
 
     def in_prompt_order(self, hits: Sequence[Hit]) -> list[Hit]:
         """Hits, best first, in the order their passages take in the prompt."""
@@ -381,11 +345,13 @@ class Chat:
         """
         return self.stream(question, options, k=k).finish()
 
-    def stream(self, question: str, options: GenerationOptions | None = None, *, k: int | None = None) -> AnswerStream:
+    def stream(
+        self, question: str, options: GenerationOptions | None = None, *, k: int | None = None
+    ) -> ResultStream[str, Answer]:
         """Ask the next question; the answer comes piece by piece and must be read to its end before the next."""
         if self._running is None:
             raise InputError("this conversation is closed; start another with BlockRAG.chat()")
-        return AnswerStream(self._turn(self._running, question, options or GenerationOptions(), k))
+        return ResultStream(self._turn(self._running, question, options or GenerationOptions(), k))
 
     def close(self) -> None:
         """Free the conversation's cache. Safe to call twice."""
@@ -415,8 +381,9 @@ class Chat:
             blocks = template.segment(tokenizer, passages=new, question=question).blocks
         running.extend(_globalized(blocks) if self._attention == "full" else blocks, room=options.max_new_tokens)
         self._shown.update(passage.id for passage in new)
-        generation = yield from _texts_of(running, options, template.stop)
-        return _answered(generation, hits, started, retrieve_s)
+        steps = ResultStream(running.answer(options, template.stop))
+        yield from _texts(steps)
+        return _answered(steps.result, hits, started, retrieve_s)
 
 
 def _globalized(blocks: Iterable[Block]) -> list[Block]:
@@ -427,20 +394,6 @@ def _globalized(blocks: Iterable[Block]) -> list[Block]:
 
 def _texts(chunks: Iterable[Chunk]) -> Iterator[str]:
     return (chunk.text for chunk in chunks if chunk.text)
-
-
-def _texts_of(
-    running: RunningPrompt, options: GenerationOptions, stop: Sequence[str]
-) -> Generator[str, None, Generation]:
-    steps = running.answer(options, stop)
-    while True:
-        try:
-            chunk = next(steps)
-        except StopIteration as finished:
-            generation: Generation = finished.value
-            return generation
-        if chunk.text:
-            yield chunk.text
 
 
 def _answered(generation: Generation, hits: Sequence[Hit], started: float, retrieve_s: float) -> Answer:

@@ -22,6 +22,7 @@ with BlockRAG.from_pretrained("demo", path=sys.argv[1]) as rag:
 
 
 def main(directory: Path) -> None:
+    """Build in this process, answer in another, delete."""
     with BlockRAG.from_pretrained("demo", path=directory) as rag:
         print("first run: ", rag.ingest(load_corpus()))
         print("second run:", rag.ingest(load_corpus()))

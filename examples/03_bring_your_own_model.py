@@ -36,4 +36,4 @@ for label in ("cold", "warm"):
 
 for chunk in (stream := model.stream(prompt, options)):
     print(chunk.text, end="", flush=True)
-print(f"\nfirst token after {1000 * stream.generation.timings.ttft_s:.1f} ms")
+print(f"\nfirst token after {1000 * stream.result.timings.ttft_s:.1f} ms")

@@ -61,7 +61,7 @@ class ScriptedModel:
         values.setdefault("max_new_tokens", len(self._script))
         stream = self.model.stream(PROMPT.as_full(), GenerationOptions(**values), attention="full")
         pieces = [chunk.text for chunk in stream]
-        return stream.generation, pieces
+        return stream.result, pieces
 
 
 def ids_of(text: str) -> list[int]:
@@ -370,19 +370,19 @@ def test_a_stream_and_its_generation_agree(make_model: Make) -> None:
     model = make_model()
     stream = model.stream(PROMPT, options())
     chunks = list(stream)
-    assert "".join(chunk.text for chunk in chunks) == stream.generation.text
-    assert tuple(chunk.token_id for chunk in chunks) == stream.generation.token_ids, "one chunk per token"
-    assert stream.finish() is stream.generation, "finishing twice is harmless"
+    assert "".join(chunk.text for chunk in chunks) == stream.result.text
+    assert tuple(chunk.token_id for chunk in chunks) == stream.result.token_ids, "one chunk per token"
+    assert stream.finish() is stream.result, "finishing twice is harmless"
     assert list(stream) == []
 
 
 def test_the_generation_of_an_unfinished_stream_is_an_error(make_model: Make) -> None:
     stream = make_model().stream(PROMPT, options())
     with pytest.raises(InputError, match="read the stream to its end"):
-        _ = stream.generation
+        _ = stream.result
     next(stream)
     with pytest.raises(InputError, match="read the stream to its end"):
-        _ = stream.generation
+        _ = stream.result
     assert len(stream.finish().token_ids) == 12
 
 

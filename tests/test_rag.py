@@ -135,10 +135,10 @@ def test_stream_gives_the_text_and_then_the_answer(reopen: Open) -> None:
     rag.ingest(PASSAGES)
     stream = rag.stream("What is the capital of Arvo?", OPTIONS)
     with pytest.raises(InputError, match="not finished"):
-        _ = stream.answer
+        _ = stream.result
     pieces = list(stream)
-    assert "".join(pieces).strip() == stream.answer.text == rag.query("What is the capital of Arvo?", OPTIONS).text
-    timings = stream.answer.timings
+    assert "".join(pieces).strip() == stream.result.text == rag.query("What is the capital of Arvo?", OPTIONS).text
+    timings = stream.result.timings
     parts = timings.retrieve_s + timings.load_s + timings.compose_s + timings.query_prefill_s
     assert 0 < parts <= timings.ttft_s
 

@@ -77,9 +77,7 @@ CASES = [
     ModelCase(
         "llama-llama3",
         "llama",
-        _rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=512
-        ),
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=512),
     ),
     ModelCase("llama-yarn", "llama", _rope("yarn", factor=4.0, original_max_position_embeddings=512)),
     ModelCase("mistral", "mistral"),
@@ -100,11 +98,40 @@ LONG_CASES = [
     ModelCase("qwen2-sliding", "qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
     *(
         ModelCase(name, name)
-        for name in (
-            "mixtral ministral starcoder2 qwen2_moe qwen3_moe gemma gemma2 vaultgemma gpt_neox phi stablelm persimmon "
-            "nemotron cohere2 ernie4_5 helium glm glm4 olmo olmo2 olmo3 olmoe granite apertus seed_oss hunyuan_v1_dense "
-            "dots1 exaone4 deepseek_v2 minicpm3 nanochat bitnet"
-        ).split()
+        for name in [
+            "mixtral",
+            "ministral",
+            "starcoder2",
+            "qwen2_moe",
+            "qwen3_moe",
+            "gemma",
+            "gemma2",
+            "vaultgemma",
+            "gpt_neox",
+            "phi",
+            "stablelm",
+            "persimmon",
+            "nemotron",
+            "cohere2",
+            "ernie4_5",
+            "helium",
+            "glm",
+            "glm4",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "olmoe",
+            "granite",
+            "apertus",
+            "seed_oss",
+            "hunyuan_v1_dense",
+            "dots1",
+            "exaone4",
+            "deepseek_v2",
+            "minicpm3",
+            "nanochat",
+            "bitnet",
+        ]
     ),
 ]
 

@@ -29,7 +29,8 @@ from blockrag.errors import InputError, PromptTooLongError
 
 if TYPE_CHECKING:
     from blockrag.model.sampling import GenerationOptions
-    from blockrag.rag import Answer, AnswerStream, BlockRAG, Chat
+    from blockrag.model.stream import ResultStream
+    from blockrag.rag import Answer, BlockRAG, Chat
 
 __all__ = ["chat", "query"]
 
@@ -151,7 +152,7 @@ class _Conversation:
         self._chat, self._answered = None, 0
 
 
-def _print_answer(out: Output, stream: AnswerStream, *, streamed: bool | None) -> Answer:
+def _print_answer(out: Output, stream: ResultStream[str, Answer], *, streamed: bool | None) -> Answer:
     """Print an answer, piece by piece or at its end, without the white space around it."""
     if not (out.is_terminal if streamed is None else streamed):
         answer = stream.finish()
@@ -166,7 +167,7 @@ def _print_answer(out: Output, stream: AnswerStream, *, streamed: bool | None) -
             out.piece(shown)
     finally:
         out.piece("\n")
-    return stream.answer
+    return stream.result
 
 
 def _questions(out: Output) -> Iterator[str]:

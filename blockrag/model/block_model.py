@@ -11,7 +11,7 @@ import inspect
 import logging
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -32,6 +32,7 @@ from blockrag.model.prefill import prefill_blocks
 from blockrag.model.profile import ModelProfile, Regime, structure_of
 from blockrag.model.running import Chunk, Generation, RunningPrompt
 from blockrag.model.sampling import GenerationOptions
+from blockrag.model.stream import ResultStream
 from blockrag.model.verification import verified_profile
 from blockrag.prompt import SegmentedPrompt, template_for
 from blockrag.stores import MemoryStore
@@ -59,7 +60,7 @@ class ClosableIterator(Protocol[T_co]):
         ...
 
 
-__all__ = ["Attention", "BlockModel", "GenerationStream"]
+__all__ = ["Attention", "BlockModel"]
 
 logger = logging.getLogger(__name__)
 
@@ -346,9 +347,9 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
-    ) -> GenerationStream:
+    ) -> ResultStream[Chunk, Generation]:
         """Answer one prompt piece by piece; see `generate`. Nothing runs before the first piece is asked for."""
-        return GenerationStream(self, prompt, options or GenerationOptions(), self._mode(attention), store)
+        return ResultStream(self._run(prompt, options or GenerationOptions(), self._mode(attention), store))
 
     async def agenerate(
         self,
@@ -362,7 +363,7 @@ class BlockModel:
         stream = self.stream(prompt, options, attention=attention, store=store)
         async for _ in self.on_worker(stream):
             pass
-        return stream.generation
+        return stream.result
 
     async def astream(
         self,
@@ -411,6 +412,16 @@ class BlockModel:
                 [block.local for block in blocks],
             )
 
+    def _run(
+        self, prompt: SegmentedPrompt, options: GenerationOptions, attention: Attention, store: BlockStore | None
+    ) -> Generator[Chunk, None, Generation]:
+        running = self.start(attention=attention, store=store)
+        try:
+            running.extend((prompt.as_full() if attention == "full" else prompt).blocks, room=options.max_new_tokens)
+            return (yield from running.answer(options, prompt.stop))
+        finally:
+            running.close()
+
     def _materialize_together(self, prompts: Sequence[SegmentedPrompt], store: BlockStore) -> None:
         profile = self._composable()
         by_regime: dict[str, list[Block]] = {}
@@ -457,63 +468,6 @@ class BlockModel:
     @property
     def _batch_tokens(self) -> int:
         return _BATCH_TOKENS.get(self.model.device.type, _BATCH_TOKENS["cpu"])
-
-
-class GenerationStream(Iterator[Chunk]):
-    """An answer in progress: iterate for its pieces, then read `generation`.
-
-    Closing it, or dropping it, stops the work and gives the cache back.
-    """
-
-    def __init__(
-        self,
-        owner: BlockModel,
-        prompt: SegmentedPrompt,
-        options: GenerationOptions,
-        attention: Attention,
-        store: BlockStore | None,
-    ) -> None:
-        self._generation: Generation | None = None
-        self._chunks = self._run(owner, prompt, options, attention, store)
-
-    @property
-    def generation(self) -> Generation:
-        """The finished answer.
-
-        Raises:
-            InputError: The stream has not been read to its end.
-        """
-        if self._generation is None:
-            raise InputError("the answer is not finished; read the stream to its end, or call finish()")
-        return self._generation
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def finish(self) -> Generation:
-        """Read the rest of the stream; returns the finished answer."""
-        for _ in self:
-            pass
-        return self.generation
-
-    def close(self) -> None:
-        """Stop the work and free the cache."""
-        self._chunks.close()
-
-    def _run(
-        self,
-        owner: BlockModel,
-        prompt: SegmentedPrompt,
-        options: GenerationOptions,
-        attention: Attention,
-        store: BlockStore | None,
-    ) -> Generator[Chunk, None, None]:
-        running = owner.start(attention=attention, store=store)
-        try:
-            running.extend((prompt.as_full() if attention == "full" else prompt).blocks, room=options.max_new_tokens)
-            self._generation = yield from running.answer(options, prompt.stop)
-        finally:
-            running.close()
 
 
 def _checked_attention(attention: Attention) -> Attention:

@@ -39,7 +39,7 @@ class BufferPool:
     """Reuses the large buffers of finished prompts, up to a byte cap.
 
     Args:
-        max_bytes: Bytes kept for reuse; what comes back beyond that is freed.
+        max_bytes: Bytes kept for reuse; beyond that, what came back first is freed first.
     """
 
     def __init__(self, max_bytes: int = 4 << 30) -> None:
@@ -66,8 +66,10 @@ class BufferPool:
     def release(self, buffer: torch.Tensor) -> None:
         """Give a buffer back; the caller must not use any view of it afterwards."""
         with self._lock:
-            if sum(b.numel() for b in self._free) + buffer.numel() <= self.max_bytes:
-                self._free.append(buffer)
+            self._free.append(buffer)
+            while sum(b.numel() for b in self._free) > self.max_bytes:
+                # The oldest: prompts tend to grow, and the sizes of today are those asked for next.
+                self._free.pop(0)
 
 
 class CaptureLayer(DynamicLayer):  # type: ignore[misc]
