@@ -1,6 +1,6 @@
 """Train the demo checkpoint from scratch on made-up countries, on one CPU core, and measure it.
 
-    python -m blockrag.demo.train --out DIR --steps 9000 --seed 0
+    python -m blockrag.demo.train --out DIR --steps 6000 --seed 0
     python -m blockrag.demo.train --measure DIR
 
 Two phases. First full attention, with a curriculum over the number of passages: it starts at two (one passage needs
@@ -53,7 +53,7 @@ class Recipe:
     Args:
         steps: Optimizer steps of both phases together.
         seed: Seeds the weights and the data.
-        vocabulary: Size of the byte-level BPE vocabulary.
+        vocabulary: Size of the byte-level BPE vocabulary, before the short numbers are added.
         tokenizer_contexts: Number of contexts to train the tokenizer on.
         hidden: Width of the Llama model.
         intermediate: Width of its MLPs.
@@ -71,7 +71,7 @@ class Recipe:
         max_gap: Most positions left out in one sequence, over all its block borders.
     """
 
-    steps: int = 9000
+    steps: int = 6000
     seed: int = 0
     vocabulary: int = 768
     tokenizer_contexts: int = 1500
@@ -245,11 +245,12 @@ def train(
     if start is not None:
         run.model.load_state_dict(type(run.model).from_pretrained(start).state_dict())
     parameters = sum(weight.numel() for weight in run.model.parameters())
-    run.log = {"recipe": asdict(recipe), "parameters": parameters, "events": [], "reports": []}
+    run.log = {"recipe": asdict(recipe), "minutes": minutes, "started_from_weights": start is not None}
+    run.log |= {"parameters": parameters, "vocabulary": tokenizer.get_vocab_size(), "events": [], "reports": []}
     _LOG.info("%d parameters, %d tokens in the vocabulary", parameters, tokenizer.get_vocab_size())
     world, rng = World(facts, split="train", seed=recipe.seed), random.Random(recipe.seed)
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    started, reported, step = time.monotonic(), 0.0, 0
+    started, reported, taken = time.monotonic(), 0.0, 0
     for step in range(recipe.steps):
         elapsed = time.monotonic() - started
         progress = max(step / recipe.steps, elapsed / (minutes * 60) if minutes else 0.0)
@@ -262,6 +263,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(recipe, step, progress)
         _step(run, world, recipe, optimizer, rng, "block" if run.block_fine_tuned and step % 2 else "full")
+        taken = step + 1
         if run.answer_loss < 0.5 and run.passages < recipe.max_passages:
             run.passages, run.answer_loss = run.passages + 1, 0.8
             _note(run, step, f"up to {run.passages} passages")
@@ -277,7 +279,7 @@ def train(
             reported = elapsed
             _report(run, facts, step, elapsed)
             _save(out, run, recipe)
-    run.log |= {"steps": step + 1, "tokens": run.tokens, "seconds": round(time.monotonic() - started)}
+    run.log |= {"steps": taken, "tokens": run.tokens, "seconds": round(time.monotonic() - started)}
     _save(out, run, recipe)
 
 
@@ -440,10 +442,12 @@ def _card(log: Mapping[str, Any]) -> str:
         **recipe,
         parameters=log["parameters"],
         table="\n".join(lines),
+        all_tokens=log["vocabulary"],
         taken=log["steps"],
         tokens=log["tokens"],
         minutes=round(log["seconds"] / 60),
         options="".join(f" {text}" for text in (["--set", *options] if options else [])),
+        limit=f" --minutes {log['minutes']:g}" if log["minutes"] else "",
         start=f" {log['start']}" if log.get("start") else "",
         events="\n".join(f"- step {event['step']}: {event['event']}" for event in log["events"]),
     )
@@ -459,7 +463,7 @@ tags: [block-attention, rag, demo]
 # blockrag demo checkpoint
 
 A Llama with {parameters:,} parameters ({layers} layers, width {hidden}, {heads} query and {kv_heads} key/value heads,
-byte-level BPE with {vocabulary} tokens), trained from scratch to answer questions about short passages and fine-tuned
+byte-level BPE with {all_tokens} tokens), trained from scratch to answer questions about short passages and fine-tuned
 for Block-Attention (arXiv 2409.15355). It exists so that blockrag's first command, its examples and its tests run a
 complete pipeline offline. It is no general language model.
 
@@ -476,7 +480,7 @@ countries are held out: neither their names, nor values that only they have, occ
 "test" words are disjoint from its "train" words.
 
 ## Recipe
-`python -m blockrag.demo.train --out DIR --steps {steps} --seed {seed}{options}` on one CPU core, {taken} steps,
+`python -m blockrag.demo.train --out DIR --steps {steps} --seed {seed}{limit}{options}` on one CPU core, {taken} steps,
 {tokens:,} tokens, {minutes} minutes.{start} Full attention first, with a growing number of passages; then batches
 alternate between block and full attention. `train_log.json` holds every number.
 
