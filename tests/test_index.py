@@ -1006,7 +1006,9 @@ def test_processes_write_side_by_side(tmp_path):
             seen = max(seen, len(hits))
         assert seen >= 20
         for writer in writers:
-            assert writer.communicate()[1] == ""
+            # Who opens between the other's first commit and its first vector file says that it rebuilds.
+            complaints = [line for line in writer.communicate()[1].splitlines() if "there is none" not in line]
+            assert complaints == []
             assert writer.returncode == 0
         assert len(index.search("shared text", 500)) == 2 * 4 * 20
     assert len(check_whole(tmp_path)) == 8

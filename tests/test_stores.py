@@ -170,7 +170,9 @@ class TestEveryStore:
                 call()
         assert store.stats().blocks == 0
 
-    @pytest.mark.parametrize("bad", ["text", 5, None, [1], memoryview(bytes(8))[::2]], ids=str)
+    @pytest.mark.parametrize(
+        "bad", ["text", 5, None, [1], memoryview(bytes(8))[::2]], ids=lambda bad: type(bad).__name__
+    )
     def test_only_bytes_are_stored(self, store, bad):
         with pytest.raises(InputError, match="a store keeps bytes"):
             store.put(key(1), bad)
