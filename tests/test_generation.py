@@ -595,6 +595,27 @@ def test_models_that_cannot_be_composed_still_answer_in_full(case: ModelCase) ->
             refused()
 
 
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma3"])
+def test_the_tokens_of_a_stop_string_do_not_stay_in_the_conversation(make_model: Make, case: str) -> None:
+    """The next turn's markup says the stop again; twice would be a prompt nobody trained on."""
+    model = make_model(case)
+    said = model.generate(PROMPT, options(max_new_tokens=8))
+    spell = [plain_tokenizer().decode(list(said.token_ids[:n])) for n in range(9)]
+    stop = spell[8][len(spell[3]) :]
+    assert stop
+    assert stop not in spell[7]
+    running = model.start()
+    running.extend(PROMPT.blocks, room=20)
+    list(running.answer(options(stop=(stop,)), ()))
+    assert running.token_ids == [*PROMPT.token_ids, *said.token_ids[:3]]
+    running.extend([turn(9, 10)], room=4)
+    kept = Block(said.token_ids[:3], "", local=False, kind="turn")
+    expected = model.reference_logits([*PROMPT.blocks, kept, turn(9, 10)])[-1]
+    assert running.logits is not None
+    assert (running.logits - expected).abs().max() <= 1e-5
+    running.close()
+
+
 def test_what_is_not_a_causal_language_model_is_refused() -> None:
     class Foreign(torch.nn.Module):
         dtype = torch.float32

@@ -139,6 +139,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Tokens seen so far."""
         return self._length
 
+    @property
+    def forgettable(self) -> int:
+        """Tokens `crop` can remove so that the next token still sees all it should."""
+        return self._length
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens, or all there are.
 
@@ -232,6 +237,12 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         visible = min(self._rows.get_seq_length(), self.sliding_window - 1)
         return visible + query_length, self.cumulative_length - visible
 
+    @property
+    def forgettable(self) -> int:
+        """Tokens `crop` can remove so that the next token still sees all it should."""
+        held = self._rows.get_seq_length()
+        return held - (self.sliding_window - 1) if self._skipped else held
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens.
 
@@ -240,7 +251,7 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
             RuntimeError: The next token would see tokens that were dropped already.
         """
         held = max(0, self._rows.get_seq_length() + tokens_to_remove)
-        if self._skipped and tokens_to_remove < 0 and held < self.sliding_window - 1:
+        if self._skipped and tokens_to_remove < 0 and -tokens_to_remove > self.forgettable:
             raise RuntimeError(
                 f"cannot forget {-tokens_to_remove} of the {self._rows.get_seq_length()} tokens this layer holds: "
                 f"a window of {self.sliding_window} would reach before those; compose the prompt again"

@@ -52,6 +52,14 @@ class TextStream:
         rest = self._decode(self._ids[self._start :])[len(known) :]
         return self._emit(self._held + rest, final=True)
 
+    @property
+    def tokens_hidden(self) -> int:
+        """Tokens at the end that `text` does not need: those of a stop string."""
+        needed = len(self._ids)
+        while needed and len(self._decode(self._ids[: needed - 1])) >= len(self.text):
+            needed -= 1
+        return len(self._ids) - needed
+
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text

@@ -165,6 +165,8 @@ class RunningPrompt:
                 break
             yield Chunk(text, token)
             self._forward(self._take_pending())
+        if stream.stopped:
+            self._forget(stream.tokens_hidden)
         self.timings.decode_s = time.perf_counter() - first_token_at
         return Generation(stream.text, tuple(generated), reason, self.usage, self.timings)
 
@@ -173,6 +175,22 @@ class RunningPrompt:
         if isinstance(self.cache, PromptCache):
             self.cache.release()
         self.cache = self.logits = None
+
+    def _forget(self, count: int) -> None:
+        """Take the last tokens back, those of a stop string: the next turn's markup says it again.
+
+        A window may already have dropped what would be seen again; then they stay, which is exact as well.
+        """
+        in_cache = count - len(self._pending)
+        if count < 1 or not isinstance(self.cache, PromptCache):
+            return
+        if in_cache > min(layer.forgettable for layer in self.cache.kv_layers):
+            return
+        self._pending = []
+        for layer in self.cache.kv_layers:
+            layer.crop(-in_cache)
+        self._placed -= in_cache
+        del self.token_ids[-count:]
 
     def _room_after(self, prompt_tokens: int) -> int | None:
         return None if self.source is None else self.source.profile.room_after(prompt_tokens)
