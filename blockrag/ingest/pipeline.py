@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from blockrag.errors import DocumentError, InputError
 from blockrag.fingerprint import Fingerprint, hash_tokenizer
 from blockrag.index.records import Change, DocumentUpdate
+from blockrag.ingest.estimate import expected_documents
 from blockrag.ingest.progress import Progress
 from blockrag.ingest.reading import Document, DocumentFailure, DocumentReader, Source, read_documents
 from blockrag.ingest.report import IngestReport
@@ -137,7 +138,7 @@ def ingest(
     evictions = store.stats().evictions
     documents = read_documents(sources, on_failure=work.failures.append, readers=readers)
     if progress is not None:
-        progress.start(_known_number(sources))
+        progress.start(expected_documents(sources))
     try:
         for batch in _batches(documents, batch_documents):
             work.run(batch)
@@ -409,13 +410,6 @@ def _batches(documents: Iterator[Document], size: int) -> Iterator[list[Document
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _known_number(sources: Source | Iterable[Source]) -> int | None:
-    """How many documents there will be, where all sources are documents already."""
-    if isinstance(sources, Sized) and isinstance(sources, Sequence) and not isinstance(sources, str):
-        return len(sources) if all(isinstance(source, Document) for source in sources) else None
-    return None
 
 
 def _drop(keys: Iterable[str], store: BlockStore) -> int:

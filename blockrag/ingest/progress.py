@@ -19,7 +19,7 @@ class Progress(Protocol):
     """Told by `ingest` how far it is. What it raises ends the pass; what was committed stays."""
 
     def start(self, total_documents: int | None) -> None:
-        """The pass begins; the number of documents, where it is known before reading."""
+        """The pass begins; about how many documents there are, where that can be told before reading."""
         ...
 
     def advance(self, *, documents: int = 0, passages: int = 0, tokens: int = 0) -> None:
