@@ -394,13 +394,12 @@ def measure(folder: Path) -> dict[str, dict[str, str]]:
     table = {}
     facts = real_facts()
     rows = {
-        "made-up countries of the test split, 5 passages": _unseen_contexts(facts, 200),
-        "made-up countries of the test split, 8 passages": _unseen_contexts(facts, 100, 8),
+        "made-up countries of the test split, 5 passages": _unseen_contexts(facts, 120),
+        "made-up countries of the test split, 8 passages": _unseen_contexts(facts, 60, 8),
         "held-out countries, 5 passages": real_contexts(held_out=True, order=True),
         "held-out countries, 5 similar passages": real_contexts(held_out=True, similar=True, order=True),
         "held-out countries, 8 passages": real_contexts(held_out=True, passages=8, order=True),
         "all countries, 5 passages": real_contexts(held_out=None, order=True),
-        "all countries, 5 similar passages": real_contexts(held_out=None, similar=True, order=True),
     }
     for name, contexts in rows.items():
         table[name] = _measured_row(folder, contexts)
@@ -448,7 +447,7 @@ def _card(log: Mapping[str, Any]) -> str:
         minutes=round(log["seconds"] / 60),
         options="".join(f" {text}" for text in (["--set", *options] if options else [])),
         limit=f" --minutes {log['minutes']:g}" if log["minutes"] else "",
-        start=f" {log['start']}" if log.get("start") else "",
+        start=log.get("start", ""),
         events="\n".join(f"- step {event['step']}: {event['event']}" for event in log["events"]),
     )
 
@@ -471,18 +470,20 @@ complete pipeline offline. It is no general language model.
 Answer the question forms in `blockrag/demo/forms.py` (capital, region, population, area, language, currency, highest
 point, internet code, a neighbor; which document comes first or last), in that exact wording, from passages written in
 the sentence forms of the same file. Anything else gives nonsense, and it never says that it does not know. At most
-{max_passages} passages were seen in training; beyond that, accuracy falls quickly. Decode greedily.
+{max_passages} passages were seen in training; ask it about no more. Decode greedily.
 
 ## Data
 Only generated text (`blockrag/demo/synthetic.py`): made-up countries with made-up values, to which names and values of
 real countries that are not held out were mixed in at random, so the statements are false on purpose. 60 real
 countries are held out: neither their names, nor values that only they have, occur in the training data. The generator's
-"test" words are disjoint from its "train" words.
+"test" words are disjoint from its "train" words. The held-out countries never entered training, but mistakes on them
+were looked at while the recipe was developed (they led to the short form of numbers).
 
 ## Recipe
-`python -m blockrag.demo.train --out DIR --steps {steps} --seed {seed}{limit}{options}` on one CPU core, {taken} steps,
-{tokens:,} tokens, {minutes} minutes.{start} Full attention first, with a growing number of passages; then batches
-alternate between block and full attention. `train_log.json` holds every number.
+`python -m blockrag.demo.train --out DIR --steps {steps} --seed {seed}{limit}{options}` on one CPU core:
+{taken} steps, {tokens:,} tokens, {minutes} minutes. Full attention first, with a growing number of passages; then
+batches alternate between block and full attention. `train_log.json` holds every number.
+{start}
 
 {events}
 
