@@ -17,12 +17,12 @@ except BlockRAGError as error:
 
 profile = model.profile
 print(f"{model.name}: {profile.layout.num_layers} layers, attention {profile.attention}")
-print(f"composed against one forward under the block mask: {profile.equivalence_error:.1e} on logits of scale")
-print(f"{profile.logit_scale:.1f}; {profile.layout.nbytes(1, 2):,} bytes per token in 16 bits")
+print(f"composed against one forward under the block mask: {profile.equivalence_error:.1e}")
+print(f"on logits of scale {profile.logit_scale:.1f}; {profile.layout.nbytes(1, 2):,} bytes per token in 16 bits")
 
 passages = [
-    Passage(id="a", title="Arvo", text="Arvo is a country. The capital of Arvo is Tellin."),
-    Passage(id="b", title="Brask", text="Brask is a country. The capital of Brask is Onder."),
+    Passage(id="a", title="Arvo", text="Arvo lies in Northern Ralia. The capital of Arvo is Tellin."),
+    Passage(id="b", title="Brask", text="Brask lies in Northern Ralia. The capital of Brask is Pitza."),
 ]
 prompt = model.template.segment(model.tokenizer, passages=passages, question="What is the capital of Brask?")
 for block in prompt.blocks:

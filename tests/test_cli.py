@@ -33,7 +33,7 @@ from blockrag.cli.indexing import size
 from blockrag.cli.output import Output, clean, dump_json, reporting
 from blockrag.demo import forms
 from blockrag.errors import InputError, PassageIndexError
-from blockrag.model.facts import FACTS_FILE, BlockAttentionFacts, load_facts, save_facts
+from blockrag.model.facts import BlockAttentionFacts, save_facts
 
 DOCUMENTS = {
     "arvo.txt": "Arvo is a country. The capital of Arvo is Tellin.",
@@ -802,13 +802,7 @@ def test_demo_leaves_other_indexes_alone(index: Path, other_model: str) -> None:
     assert "another index" in refused(2, "demo", "--path", index, "--model", other_model)
 
 
-FACTS = Path(blockrag.__file__).parent / "demo" / "checkpoint" / FACTS_FILE
-
-
-@pytest.mark.skipif(
-    not (FACTS.is_file() and load_facts(FACTS).block_fine_tuned), reason="the embedded checkpoint is not trained yet"
-)
 def test_the_embedded_model_answers_its_questions(tmp_path: Path) -> None:
     result = run_json("demo", "--path", tmp_path, "--sample", 10)
-    assert sum(question["right"] for question in result["questions"]) >= len(result["questions"]) - 2
-    assert result["accuracy"]["block"]["right"] >= 6
+    assert sum(question["right"] for question in result["questions"]) >= 0.6 * len(result["questions"])
+    assert result["accuracy"]["block"]["right"] >= 8

@@ -648,8 +648,11 @@ def test_a_damaged_vector_file_is_rebuilt_and_the_log_says_why(how, kind, tmp_pa
     filled(tmp_path, kind)
     caplog.clear()
     reason = damage(tmp_path, how)
-    with caplog.at_level(logging.WARNING, logger="blockrag"), PassageIndex(HashEncoder(), tmp_path, kind=kind) as index:
+    with caplog.at_level(logging.INFO, logger="blockrag"), PassageIndex(HashEncoder(), tmp_path, kind=kind) as index:
         assert reason in caplog.text
+        # Only damage is worth a warning.
+        ordinary = how in ("missing", "stamp")
+        assert {record.levelname for record in caplog.records} == {"INFO" if ordinary else "WARNING"}
         best = brute_force("q", many(1100), 1)
         assert index.search("q", 1)[0].score == best[0][1]
         index.save()
@@ -1006,9 +1009,7 @@ def test_processes_write_side_by_side(tmp_path):
             seen = max(seen, len(hits))
         assert seen >= 20
         for writer in writers:
-            # Who opens between the other's first commit and its first vector file says that it rebuilds.
-            complaints = [line for line in writer.communicate()[1].splitlines() if "there is none" not in line]
-            assert complaints == []
+            assert writer.communicate()[1] == ""
             assert writer.returncode == 0
         assert len(index.search("shared text", 500)) == 2 * 4 * 20
     assert len(check_whole(tmp_path)) == 8

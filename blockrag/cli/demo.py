@@ -38,6 +38,8 @@ _QUESTIONS = (
     "What is the capital of Bhutan?",
     "Which is the highest place in Iceland?",
     "Which money is used in Kenya?",
+    "Which country is a neighbor of Portugal?",
+    "What is the population of Japan?",
 )
 _TOP_K = 5
 _MAX_NEW_TOKENS = 24

@@ -415,17 +415,18 @@ class PassageIndex:
                 file = self._path / _VECTOR_FILE
                 self._vectors = VectorIndex.load(file, self._kind, self._encoder.dimension, stamp=stamp, rows=rows)
             except VectorFileError as error:
-                self._rebuild(f"{_VECTOR_FILE} cannot be used: {error}")
+                level = logging.INFO if error.ordinary else logging.WARNING
+                self._rebuild(f"{_VECTOR_FILE} cannot be used: {error}", level)
             else:
                 self._stamp = self._saved_stamp = stamp
 
-    def _rebuild(self, reason: str) -> None:
+    def _rebuild(self, reason: str, level: int = logging.WARNING) -> None:
         """Build the vectors from the database; the write lock is held, or nobody else has the index yet."""
         self._stamp = ""
         with self._database.transaction(writing=False):
             stamp, rows = self._database.stamp, self._database.rows()
             if len(rows):
-                _log.warning("building the vectors of %d passages anew: %s", len(rows), reason)
+                _log.log(level, "building the vectors of %d passages anew: %s", len(rows), reason)
             self._vectors = VectorIndex(self._kind, self._encoder.dimension, self._database.embedding_chunks(rows))
         self._stamp = stamp
 

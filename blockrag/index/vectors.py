@@ -45,7 +45,16 @@ _HNSW_SEARCH_BREADTH = 128
 
 
 class VectorFileError(Exception):
-    """The vector file cannot be used; never leaves `blockrag.index`, where it means: rebuild."""
+    """The vector file cannot be used; never leaves `blockrag.index`, where it means: rebuild.
+
+    Attributes:
+        ordinary: The file is missing or behind the database, as after a process that ended without close(): nothing
+            is damaged.
+    """
+
+    def __init__(self, message: str, *, ordinary: bool = False) -> None:
+        super().__init__(message)
+        self.ordinary = ordinary
 
 
 class VectorIndex:
@@ -211,11 +220,13 @@ class VectorIndex:
                 header = _read_header(file)
                 for name, value in wanted.items():
                     if header.get(name) != value:
-                        raise VectorFileError(f"{name} is {header.get(name)!r}, not {value!r}")
+                        raise VectorFileError(
+                            f"{name} is {header.get(name)!r}, not {value!r}", ordinary=name == "stamp"
+                        )
                 _check_payload(file, header)
                 index = _read_index(file)
         except FileNotFoundError:
-            raise VectorFileError("there is none") from None
+            raise VectorFileError("there is none", ordinary=True) from None
         except OSError as error:
             raise VectorFileError(f"it cannot be read: {error}") from error
         vectors = cls(kind, dimension)
