@@ -806,3 +806,14 @@ def test_the_embedded_model_answers_its_questions(tmp_path: Path) -> None:
     result = run_json("demo", "--path", tmp_path, "--sample", 10)
     assert sum(question["right"] for question in result["questions"]) >= 0.6 * len(result["questions"])
     assert result["accuracy"]["block"]["right"] >= 8
+
+
+def test_the_demo_says_how_to_call_the_program_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockrag.cli.demo import _program
+
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / ".venv" / "bin" / "blockrag"
+    assert _program(program, None) == ".venv/bin/blockrag"
+    assert _program(program, "/usr/bin/blockrag") == ".venv/bin/blockrag"
+    assert _program(program, str(program)) == "blockrag"
+    assert _program(Path("__main__.py"), None) == "blockrag"

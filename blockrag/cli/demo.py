@@ -6,7 +6,10 @@ machine it runs on. It uses nothing that a user's own program could not call.
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -277,12 +280,20 @@ def _show_scores(out: Output, scores: dict[Attention, _Score], *, asked: int, of
 
 def _say_goodbye(out: Output, path: Path) -> None:
     _heading(out, "Next")
+    program = _program(Path(sys.argv[0]), shutil.which("blockrag"))
     out.show(
-        f'blockrag query "What is the capital of Peru?" --path {path}',
-        "blockrag ingest YOUR_FILES --path DIR --model YOUR_MODEL",
+        f'{program} query "What is the capital of Peru?" --path {path}',
+        f"{program} ingest YOUR_FILES --path DIR --model YOUR_MODEL",
         'python:  BlockRAG.from_pretrained("demo", path="DIR").ingest(["docs/"])',
         "More in README.md and docs/; every command has --help.",
     )
+
+
+def _program(called: Path, found: str | None) -> str:
+    """What to type to run this program again: its name where the PATH finds it, else the way to it from here."""
+    if called.name != "blockrag" or (found is not None and Path(found).resolve() == called.resolve()):
+        return "blockrag"
+    return os.path.relpath(called)
 
 
 def _answer(rag: BlockRAG, question: str, attention: Attention) -> Answer:
