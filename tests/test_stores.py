@@ -591,6 +591,19 @@ class TestDiskDamage:
         assert disk.get(key(2)) is None
         assert "cannot open" in caplog.text
 
+    def test_a_block_without_its_value_file_is_not_contained(self, disk, root):
+        """Ingestion asks with contains_many, and must compute again what a lost file took along."""
+        assert disk.contains_many([key(1), key(2)]) == {key(1), key(2)}
+        (file,) = value_files(root)
+        os.truncate(file, IN_FILE // 2)
+        assert disk.contains_many([key(1), key(2)]) == {key(1)}
+        file.unlink()
+        assert disk.contains_many([key(1), key(2)]) == {key(1)}
+        file.symlink_to(root / "cache.db")
+        assert disk.contains_many([key(1), key(2)]) == {key(1)}
+        disk._cache.execute("UPDATE Cache SET filename = '../cache.db' WHERE key = ?", (key(2),))
+        assert disk.contains_many([key(1), key(2)]) == {key(1)}
+
     def test_value_file_that_ends_while_it_is_read(self, disk, root):
         """Another process may cut the file between the check of its length and the read."""
         row = disk._rows([key(2)])[key(2)]

@@ -212,6 +212,16 @@ class _SafeDisk(diskcache.Disk):  # type: ignore[misc]
         os.close(handle)
         return None
 
+    def length(self, name: str) -> int | None:
+        """Bytes of a value file without opening it; None where it is gone or no file of this store."""
+        if not _is_value_name(name):
+            return None
+        try:
+            status = os.lstat(os.path.join(self._root, name))  # noqa: PTH118 - called for every key
+        except OSError:
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
         """A fresh random (file name, full path); one level of 256 directories, which stay when they are empty."""
         digits = os.urandom(16).hex()
@@ -413,7 +423,10 @@ class DiskStore:
             self._evictions += evicted
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
-        """The subset of `keys` in the index; reads no block and does not count as a use.
+        """The subset of `keys` that is stored; reads no block and does not count as a use.
+
+        A block whose value file is gone or has another length is not stored: who asks in order to compute what is
+        missing (ingestion) then replaces it.
 
         Raises:
             InputError: A malformed key.
@@ -422,8 +435,10 @@ class DiskStore:
         found: set[str] = set()
         with self._translated("read"):
             for chunk in _chunks({check_key(key) for key in keys}):
-                query = f"SELECT key FROM Cache WHERE raw = 1 AND key IN ({_marks(chunk)})"
-                found.update(key for (key,) in self._cache.execute(query, chunk))
+                query = f"SELECT key, size, filename FROM Cache WHERE raw = 1 AND key IN ({_marks(chunk)})"
+                for key, size, filename in self._cache.execute(query, chunk):
+                    if filename is None or self._disk.length(filename) == size:
+                        found.add(key)
         return found
 
     def delete_many(self, keys: Iterable[str]) -> int:
