@@ -46,19 +46,24 @@ class IngestReport:
     def __str__(self) -> str:
         rate = f", {self.tokens_new / self.seconds:,.0f} tokens/s" if self.tokens_new and self.seconds else ""
         lines = [
-            f"{self.documents:,} documents ({self.documents_unchanged:,} unchanged), "
-            f"{self.passages:,} passages written in {self.seconds:.1f} s",
-            f"{self.blocks_new:,} blocks computed ({self.tokens_new:,} tokens, {_size(self.bytes_new)}{rate}), "
+            f"{_many(self.documents, 'document')} ({self.documents_unchanged:,} unchanged), "
+            f"{_many(self.passages, 'passage')} written in {self.seconds:.1f} s",
+            f"{_many(self.blocks_new, 'block')} computed ({self.tokens_new:,} tokens, {_size(self.bytes_new)}{rate}), "
             f"{self.blocks_reused:,} reused ({self.tokens_reused:,} tokens)",
         ]
         if self.documents_removed or self.blocks_deleted:
-            lines.append(f"{self.documents_removed:,} documents removed, {self.blocks_deleted:,} unused blocks deleted")
+            removed, deleted = _many(self.documents_removed, "document"), _many(self.blocks_deleted, "unused block")
+            lines.append(f"{removed} removed, {deleted} deleted")
         if self.failures:
             lines.append(f"{len(self.failures):,} failed:")
             lines += [f"  {failure}" for failure in self.failures[:_SHOWN_FAILURES]]
         if len(self.failures) > _SHOWN_FAILURES:
             lines.append(f"  ... and {len(self.failures) - _SHOWN_FAILURES:,} more")
         return "\n".join(lines)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _size(nbytes: int) -> str:
