@@ -12,9 +12,30 @@ from types import MappingProxyType
 
 from blockrag.errors import InputError
 
-__all__ = ["Hit", "Passage"]
+__all__ = ["Hit", "Passage", "refuse_lone_surrogates"]
 
 _EMPTY: Mapping[str, object] = MappingProxyType({})
+
+
+def refuse_lone_surrogates(owner: str, fields: Mapping[str, str], error: type[InputError]) -> None:
+    """Check that strings can be stored as UTF-8.
+
+    Args:
+        owner: What they belong to, for the message.
+        fields: Strings by name.
+        error: The exception to raise.
+
+    Raises:
+        InputError: Of the type `error`: one of the strings holds a lone surrogate.
+    """
+    for name, value in fields.items():
+        try:
+            value.encode()
+        except UnicodeEncodeError as problem:
+            raise error(
+                f"{owner}: {name} holds a lone surrogate at character {problem.start} "
+                f"({value[problem.start]!r}); decode the source with errors='replace'"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +64,8 @@ class Passage:
             raise InputError("a passage needs a non-empty id; pass e.g. its document id and its number")
         if not self.document_id:
             object.__setattr__(self, "document_id", self.id)
-        for name in ("id", "text", "title", "document_id"):
-            value = getattr(self, name)
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"passage {self.id!r}: {name} holds a lone surrogate at character {error.start} "
-                    f"({value[error.start]!r}); decode the source with errors='replace'"
-                ) from None
+        names = ("id", "text", "title", "document_id")
+        refuse_lone_surrogates(f"passage {self.id!r}", {name: getattr(self, name) for name in names}, InputError)
 
 
 @dataclass(frozen=True, slots=True)

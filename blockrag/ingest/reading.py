@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from blockrag.errors import DocumentError, InputError
-from blockrag.passage import Passage
+from blockrag.passage import Passage, refuse_lone_surrogates
 
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
@@ -78,15 +78,8 @@ class Document:
     def __post_init__(self) -> None:
         if not self.id:
             raise DocumentError("a document needs a non-empty id; pass e.g. its relative path or its record id")
-        for name in ("id", "text", "title"):
-            value = getattr(self, name)
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise DocumentError(
-                    f"document {self.id!r}: {name} holds a lone surrogate at character {error.start} "
-                    f"({value[error.start]!r}); decode the source with errors='replace'"
-                ) from None
+        fields = {name: getattr(self, name) for name in ("id", "text", "title")}
+        refuse_lone_surrogates(f"document {self.id!r}", fields, DocumentError)
 
 
 @dataclass(frozen=True, slots=True)
