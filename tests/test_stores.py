@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -67,6 +68,18 @@ def store(make_store):
 
 
 class TestEveryStore:
+    def test_values_of_get_many_stay_as_they_are_while_they_are_held(self, store):
+        for number in range(6):
+            store.put(key(number), value(number, IN_FILE + number))
+        held, tensors = [], []
+        for wanted, view in store.get_many([key(number) for number in range(6)]):
+            held.append((int(wanted, 16), view[:]))
+            tensors.append(torch.frombuffer(view, dtype=torch.uint8))
+            del view
+        for (number, view), tensor in zip(held, tensors, strict=True):
+            assert view == value(number, IN_FILE + number)
+            assert bytes(tensor.numpy()) == value(number, IN_FILE + number)
+
     @pytest.mark.parametrize("size", [0, 1, SMALL, 32 * 1024 - 1, 32 * 1024, IN_FILE, 3_000_000])
     def test_what_is_put_comes_back(self, store, size):
         store.put(key(1), value(1, size))
@@ -609,11 +622,11 @@ class TestDiskDamage:
         row = disk._rows([key(2)])[key(2)]
         opened = disk._disk.open(row, row.size)
         os.truncate(value_files(root)[0], IN_FILE // 2)
-        assert disk_module._read(opened) is None
+        assert disk_module._read(opened, disk_module._Buffer()) is None
 
     def test_value_file_that_cannot_be_read(self, root, caplog):
         handle = os.open(value_files(root)[0], os.O_WRONLY)
-        assert disk_module._read(disk_module._OpenValue(handle, 8)) is None
+        assert disk_module._read(disk_module._OpenValue(handle, 8), disk_module._Buffer()) is None
         assert "cannot read a value file" in caplog.text
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(handle)
@@ -1216,3 +1229,17 @@ class TestFullDisk:
             assert list(store.keys()) == [key(0)]
             store.put(key(9), value(9, 200_000))
             assert bytes(store.get(key(0))) == value(0, 200_000)
+
+
+def test_the_disk_store_reads_into_the_same_memory_once_a_value_is_dropped(tmp_path):
+    store = DiskStore(tmp_path)
+    for number in range(6):
+        store.put(key(number), value(number, IN_FILE))
+    addresses = set()
+    for wanted, view in store.get_many([key(number) for number in range(6)]):
+        assert view == value(int(wanted, 16), IN_FILE)
+        addresses.add(torch.frombuffer(view, dtype=torch.uint8).data_ptr())
+        del view
+    store.close()
+    # The first buffer may move when its length is changed the first time.
+    assert len(addresses) <= 2

@@ -188,7 +188,7 @@ class _SafeDisk(diskcache.Disk):  # type: ignore[misc]
         if row.value is not None:
             return memoryview(bytearray(row.value)) if len(row.value) == size else None
         opened = self.open(row, size)
-        return None if opened is None else _read(opened)
+        return None if opened is None else _read(opened, _Buffer())
 
     def open(self, row: _Row, size: int | None) -> _OpenValue | None:
         """The open value file of a checked row, for `_read`; None as in `load`."""
@@ -550,6 +550,7 @@ class DiskStore:
 
     def _read_ahead(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
         pending: deque[tuple[str, _Row | None, _OpenValue | None]] = deque()
+        buffer = _Buffer()
         try:
             for chunk in _chunks(keys):
                 rows = self._rows(chunk)
@@ -560,18 +561,20 @@ class DiskStore:
                         _announce(opened)
                     pending.append((key, row, opened))
                     if len(pending) > _READ_AHEAD:
-                        yield self._settle(*pending.popleft())
+                        yield self._settle(*pending.popleft(), buffer)
             while pending:
-                yield self._settle(*pending.popleft())
+                yield self._settle(*pending.popleft(), buffer)
         finally:
             for _, _, opened in pending:
                 if opened is not None:
                     os.close(opened.handle)
 
-    def _settle(self, key: str, row: _Row | None, opened: _OpenValue | None) -> tuple[str, memoryview | None]:
+    def _settle(
+        self, key: str, row: _Row | None, opened: _OpenValue | None, buffer: _Buffer
+    ) -> tuple[str, memoryview | None]:
         if row is None:
             return key, self._count(key, None, None)
-        value = self._disk.load(row, row.size) if opened is None else _read(opened)
+        value = self._disk.load(row, row.size) if opened is None else _read(opened, buffer)
         return key, self.get(key) if value is None else self._count(key, row, value)
 
     def _count(self, key: str, row: _Row | None, value: memoryview | None) -> memoryview | None:
@@ -692,9 +695,30 @@ def _announce(opened: _OpenValue | None) -> None:
         os.posix_fadvise(opened.handle, 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _read(opened: _OpenValue) -> memoryview | None:
+class _Buffer:
+    """Memory for one value after another: fresh memory costs more than the reading, for each page is faulted in."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def take(self, size: int) -> memoryview:
+        """A view of `size` bytes: of the memory used last, unless anybody still holds a view or a tensor over it."""
+        try:
+            # A bytearray refuses to change its length while it is exported.
+            self._bytes.append(0)
+            self._bytes.pop()
+        except BufferError:
+            self._bytes = bytearray()
+        if len(self._bytes) < size:
+            self._bytes = bytearray(size)
+        return memoryview(self._bytes)[:size]
+
+
+def _read(opened: _OpenValue, buffer: _Buffer) -> memoryview | None:
     """The content of an open file, which is closed; None where it cannot be read or ends early."""
-    view = memoryview(bytearray(opened.size))
+    view = buffer.take(opened.size)
     try:
         with io.FileIO(opened.handle) as file:
             done = 0
