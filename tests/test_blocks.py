@@ -21,8 +21,8 @@ from blockrag import codec
 from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.kv import BlockKV
 from blockrag.model.block_model import BlockModel
-from blockrag.model.blocks import MaterializeReport
 from blockrag.model.facts import BlockAttentionFacts
+from blockrag.model.materialize import MaterializeReport
 from blockrag.model.prefill import plan_batches
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.usage import Usage

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from blockrag.index import PassageIndex
-    from blockrag.model.blocks import MaterializeReport
+    from blockrag.model.materialize import MaterializeReport
     from blockrag.prompt import Block, PromptTemplate
     from blockrag.stores.protocol import BlockStore
 

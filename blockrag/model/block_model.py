@@ -23,10 +23,11 @@ import torch
 from blockrag.codec import Precision
 from blockrag.errors import InputError, UnsupportedModelError
 from blockrag.fingerprint import Fingerprint, hash_json, hash_tensors, hash_tokenizer
-from blockrag.model.blocks import BlockSource, MaterializeReport
+from blockrag.model.blocks import BlockSource
 from blockrag.model.cache import BufferPool
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
+from blockrag.model.materialize import MaterializeReport
 from blockrag.model.oracle import oracle_logits
 from blockrag.model.prefill import prefill_blocks
 from blockrag.model.profile import ModelProfile, Regime, structure_of

@@ -1,8 +1,7 @@
 """From block to KV states: out of the store when it is there and sound, otherwise computed and stored.
 
-This is the only place where store, codec and prefill meet. A stored copy that fails verification is a miss: it is
-recomputed, replaced, counted and logged. A computed block is handed out as it reads back from the store, so that a
-request that had to compute it gets the same states, to the bit, as every later one that finds it.
+A stored copy that fails verification is a miss: it is recomputed, replaced, counted and logged. How blocks are computed
+and stored is said elsewhere.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockrag import codec
-from blockrag.errors import DamagedBlockError, InputError, StoreError
+from blockrag.errors import DamagedBlockError
 from blockrag.fingerprint import block_key
-from blockrag.model.prefill import prefill_blocks
+from blockrag.model.materialize import BlockWriter, MaterializeReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,25 +28,9 @@ if TYPE_CHECKING:
     from blockrag.prompt import Block
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["BlockSource", "MaterializeReport"]
+__all__ = ["BlockSource"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class MaterializeReport:
-    """What `BlockModel.materialize` did: blocks computed and stored, and blocks that were stored already."""
-
-    blocks_new: int
-    blocks_reused: int
-    tokens_new: int
-    tokens_reused: int
-    bytes_new: int
-
-    @classmethod
-    def total(cls, reports: Sequence[MaterializeReport]) -> MaterializeReport:
-        """The sum of several."""
-        return cls(*(sum(getattr(report, field.name) for report in reports) for field in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +54,11 @@ class BlockSource:
     namespace: str
     batch_tokens: int
     lock: AbstractContextManager[object]
+
+    @property
+    def writer(self) -> BlockWriter:
+        """Computes and stores what is missing."""
+        return BlockWriter(self.model, self.profile, self.fingerprint, self.precision, self.batch_tokens, self.lock)
 
     def key(self, token_ids: Sequence[int], regime: Regime) -> str:
         """The block's key: 64 hexadecimal digits."""
@@ -116,7 +104,7 @@ class BlockSource:
             usage.tokens_reused += kv.num_tokens * len(places[key])
             yield places[key], kv
             del kv, data, entry
-        computed = self._compute([(key, blocks[places[key][0]].token_ids) for key in missing], regime, store)
+        computed = self.writer.compute([(key, blocks[places[key][0]].token_ids) for key in missing], regime, store)
         while True:
             started = time.perf_counter()
             result = next(computed, None)
@@ -142,24 +130,7 @@ class BlockSource:
         With `must_store=False` a block that the store refuses is logged and not an error.
         """
         by_key = {self.key(block.token_ids, regime): block for block in blocks}
-        stored = store.contains_many(by_key)
-        for key, block in by_key.items():
-            if key in stored and on_block is not None:
-                on_block(block, True, 0)
-        missing = [(key, block.token_ids) for key, block in by_key.items() if key not in stored]
-        bytes_new = 0
-        for key, _, nbytes in self._compute(missing, regime, store, must_store=must_store):
-            bytes_new += nbytes
-            if on_block is not None:
-                on_block(by_key[key], False, nbytes)
-        tokens_new = sum(len(ids) for _, ids in missing)
-        return MaterializeReport(
-            blocks_new=len(missing),
-            blocks_reused=len(stored),
-            tokens_new=tokens_new,
-            tokens_reused=sum(len(by_key[key].token_ids) for key in stored),
-            bytes_new=bytes_new,
-        )
+        return self.writer.materialize(by_key, regime, store, on_block, must_store=must_store)
 
     def _verified(self, key: str, data: memoryview, usage: Usage) -> BlockKV | None:
         try:
@@ -168,38 +139,3 @@ class BlockSource:
             usage.blocks_damaged += 1
             logger.warning("block %s... is recomputed: %s", key[:12], error)
             return None
-
-    def _compute(
-        self,
-        missing: Sequence[tuple[str, Sequence[int]]],
-        regime: Regime,
-        store: BlockStore,
-        *,
-        must_store: bool = False,
-    ) -> Iterator[tuple[str, BlockKV, int]]:
-        """Prefill, encode, store; yields the key, the states as they read back, and the bytes at rest."""
-        ids = [token_ids for _, token_ids in missing]
-        computed = prefill_blocks(self.model, self.profile, regime, ids, batch_tokens=self.batch_tokens)
-        while True:
-            with self.lock:
-                result = next(computed, None)
-            if result is None:
-                return
-            key, kv = missing[result[0]][0], result[1]
-            data = self._encode(key, kv)
-            try:
-                store.put(key, data)
-            except StoreError as error:
-                if must_store:
-                    raise
-                # The answer does not need the store: it only loses the reuse.
-                logger.warning("block %s... was computed but not stored: %s", key[:12], error)
-            read_back = codec.decode(data, key=key, fingerprint=self.fingerprint, layout=self.profile.layout)
-            yield key, read_back, len(data)
-
-    def _encode(self, key: str, kv: BlockKV) -> bytearray:
-        try:
-            return codec.encode(kv, key=key, fingerprint=self.fingerprint, precision=self.precision)
-        except InputError:
-            # Out of float16's range (or not finite, which float32 refuses as well): the header says per block.
-            return codec.encode(kv, key=key, fingerprint=self.fingerprint, precision="float32")

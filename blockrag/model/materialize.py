@@ -1,0 +1,145 @@
+"""Computing blocks and storing them: prefill, encode, put.
+
+A computed block is handed out as it reads back from the store, so that a request that had to compute it gets the same
+states, to the bit, as every later one that finds it. Nothing here decides which blocks are missing for a prompt, or
+looks into stored ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from blockrag import codec
+from blockrag.errors import InputError, StoreError
+from blockrag.model.prefill import prefill_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from blockrag.codec import Precision
+    from blockrag.kv import BlockKV
+    from blockrag.model.profile import ModelProfile, Regime
+    from blockrag.prompt import Block
+    from blockrag.stores.protocol import BlockStore
+
+__all__ = ["BlockWriter", "MaterializeReport"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MaterializeReport:
+    """What `BlockModel.materialize` did: blocks computed and stored, and blocks that were stored already."""
+
+    blocks_new: int
+    blocks_reused: int
+    tokens_new: int
+    tokens_reused: int
+    bytes_new: int
+
+    @classmethod
+    def total(cls, reports: Sequence[MaterializeReport]) -> MaterializeReport:
+        """The sum of several."""
+        return cls(*(sum(getattr(report, field.name) for report in reports) for field in fields(cls)))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWriter:
+    """Computes blocks of one model and stores them.
+
+    Args:
+        model: The model, in evaluation mode.
+        profile: Its profile.
+        fingerprint: Digest of everything that shapes the model's KV states.
+        precision: Precision at rest.
+        batch_tokens: Padded tokens per prefill forward.
+        lock: Held during every forward: some models change their frequencies in it.
+    """
+
+    model: PreTrainedModel
+    profile: ModelProfile
+    fingerprint: str
+    precision: Precision
+    batch_tokens: int
+    lock: AbstractContextManager[object]
+
+    def compute(
+        self,
+        missing: Sequence[tuple[str, Sequence[int]]],
+        regime: Regime,
+        store: BlockStore,
+        *,
+        must_store: bool = False,
+    ) -> Iterator[tuple[str, BlockKV, int]]:
+        """Prefill, encode, store.
+
+        Args:
+            missing: Keys and token ids of the blocks, each key once.
+            regime: How the model computes positions in the prompts the blocks are for.
+            store: Where they go.
+            must_store: Whether a block that the store refuses is an error; else it is logged.
+
+        Yields:
+            A key, the KV states as they read back, and the bytes at rest; in the order of the batches.
+        """
+        ids = [token_ids for _, token_ids in missing]
+        computed = prefill_blocks(self.model, self.profile, regime, ids, batch_tokens=self.batch_tokens)
+        while True:
+            with self.lock:
+                result = next(computed, None)
+            if result is None:
+                return
+            key, kv = missing[result[0]][0], result[1]
+            data = self._encode(key, kv)
+            try:
+                store.put(key, data)
+            except StoreError as error:
+                if must_store:
+                    raise
+                # The answer does not need the store: it only loses the reuse.
+                logger.warning("block %s... was computed but not stored: %s", key[:12], error)
+            read_back = codec.decode(data, key=key, fingerprint=self.fingerprint, layout=self.profile.layout)
+            yield key, read_back, len(data)
+
+    def materialize(
+        self,
+        by_key: Mapping[str, Block],
+        regime: Regime,
+        store: BlockStore,
+        on_block: Callable[[Block, bool, int], None] | None,
+        *,
+        must_store: bool = True,
+    ) -> MaterializeReport:
+        """Store the blocks that the store lacks; see `BlockModel.materialize`.
+
+        With `must_store=False` a block that the store refuses is logged and not an error.
+        """
+        stored = store.contains_many(by_key)
+        for key, block in by_key.items():
+            if key in stored and on_block is not None:
+                on_block(block, True, 0)
+        missing = [(key, block.token_ids) for key, block in by_key.items() if key not in stored]
+        bytes_new = 0
+        for key, _, nbytes in self.compute(missing, regime, store, must_store=must_store):
+            bytes_new += nbytes
+            if on_block is not None:
+                on_block(by_key[key], False, nbytes)
+        tokens_new = sum(len(ids) for _, ids in missing)
+        return MaterializeReport(
+            blocks_new=len(missing),
+            blocks_reused=len(stored),
+            tokens_new=tokens_new,
+            tokens_reused=sum(len(by_key[key].token_ids) for key in stored),
+            bytes_new=bytes_new,
+        )
+
+    def _encode(self, key: str, kv: BlockKV) -> bytearray:
+        try:
+            return codec.encode(kv, key=key, fingerprint=self.fingerprint, precision=self.precision)
+        except InputError:
+            # Out of float16's range (or not finite, which float32 refuses as well): the header says per block.
+            return codec.encode(kv, key=key, fingerprint=self.fingerprint, precision="float32")
