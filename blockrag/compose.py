@@ -1,9 +1,12 @@
 """Compose: the KV states of independent blocks become one prompt's cache.
 
-Placing copies a block into its slot of the prompt's buffer; when all blocks of a run are placed, each layer's keys
-are turned to their absolute positions in one float32 pass, in place. That order (copy all, then rotate a layer at a
-time) is the fastest in plain torch, and it never holds a second copy of the prompt: a block can be dropped as soon as
-it is placed. A stored block is only read.
+Each block is copied to its slot of the prompt's buffer, converted from its precision at rest, and its keys are turned
+to their absolute positions. A stored block is only read, and can be dropped as soon as it is placed; the prompt's KV
+states are never held twice.
+
+Two ways lead there. Compiled code (`blockrag.kernels.place`) does all of it in one pass over a block's bytes, for
+different blocks in different threads. Plain torch, which always works, copies all blocks first and then turns a layer
+at a time, in chunks that stay in the processor's cache; that order is its fastest.
 
 Source: Block-Attention, arXiv 2409.15355, section 2.3 (position re-encoding).
 """
@@ -14,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from blockrag.kernels.place import CompiledPlacement, Rows
 from blockrag.rope import RopeSpec, rotate_
 
 if TYPE_CHECKING:
     import torch
 
-    from blockrag.kv import BlockKV
     from blockrag.model.cache import PromptCache
+    from blockrag.quantize import StoredKV
 
 __all__ = ["Composition", "LayerRopes"]
 
@@ -31,15 +35,6 @@ class LayerRopes:
 
     keys: RopeSpec
     values: RopeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """The new rows of one layer, and the position of the first of them."""
-
-    keys: torch.Tensor  # (key_heads, rows, key_dim)
-    values: torch.Tensor  # (value_heads, rows, value_dim)
-    start: int
 
 
 class Composition:
@@ -53,30 +48,60 @@ class Composition:
 
     def __init__(self, cache: PromptCache, num_tokens: int, ropes: Sequence[LayerRopes]) -> None:
         self.start = cache.num_tokens
-        self._ropes = ropes
-        self._slots = [_open_slot(layer, num_tokens, self.start) for layer in cache.kv_layers]
+        self.num_layers = len(ropes)
+        # Keys and values of each layer in turn.
+        self._rows: list[Rows] = []
+        for layer, rope in zip(cache.kv_layers, ropes, strict=True):
+            keys, values, start = _open_rows(layer, num_tokens, self.start)
+            self._rows += (Rows(keys, start, rope.keys), Rows(values, start, rope.values))
+        self._compiled = CompiledPlacement.of(self._rows, self.start + num_tokens)
 
-    def place(self, kv: BlockKV, position: int) -> None:
-        """Copy a block to the positions position, position + 1, ...; keys stay un-rotated until `rotate`.
+    @property
+    def in_threads(self) -> bool:
+        """Whether placing different blocks from different threads is faster; torch brings its own threads."""
+        return self._compiled is not None
 
-        Different blocks may be placed from different threads.
+    def place(self, kv: StoredKV, position: int, layers: range | None = None) -> None:
+        """Write a block to the positions position, position + 1, ...
+
+        Different blocks, and different layers of one, may be placed from different threads.
+
+        Args:
+            kv: The block; only read.
+            position: Absolute position of its first token, within the run.
+            layers: A contiguous range of layers; all of them by default.
         """
-        for index, slot in enumerate(self._slots):
-            # A windowed layer keeps only the run's tail: the block's first tokens may lie before it.
-            first = max(position, slot.start)
-            if first < position + kv.num_tokens:
-                rows = slice(first - slot.start, position + kv.num_tokens - slot.start)
-                slot.keys[:, rows].copy_(kv.keys(index)[:, first - position :])
-                slot.values[:, rows].copy_(kv.values(index)[:, first - position :])
+        chosen = range(self.num_layers) if layers is None else layers
+        if self._compiled is not None:
+            self._compiled.place(kv, position, chosen)
+            return
+        for layer in chosen:
+            _copy(kv.keys(layer), self._rows[2 * layer], position)
+            _copy(kv.values(layer), self._rows[2 * layer + 1], position)
 
-    def rotate(self) -> None:
-        """Turn everything placed to its absolute position; once, after the last block."""
-        for slot, ropes in zip(self._slots, self._ropes, strict=True):
-            rotate_(slot.keys, ropes.keys, slot.start)
-            rotate_(slot.values, ropes.values, slot.start)
+    def place_at(
+        self, positions: Sequence[int], places: Sequence[int], kv: StoredKV, layers: range | None = None
+    ) -> None:
+        """`place` a block that the run holds several times: at `positions[p]` for each p of `places`."""
+        for place in places:
+            self.place(kv, positions[place], layers)
+
+    def finish(self) -> None:
+        """Make the run ready to attend to; once, after the last block has been placed."""
+        if self._compiled is None:
+            for rows in self._rows:
+                rotate_(rows.states, rows.rope, rows.start)
 
 
-def _open_slot(layer: object, num_tokens: int, start: int) -> _Slot:
+def _copy(states: torch.Tensor, rows: Rows, position: int) -> None:
+    # A windowed layer keeps only the run's tail: the block's first tokens may lie before it.
+    first, end = max(position, rows.start), position + states.shape[1]
+    if first < end:
+        rows.states[:, first - rows.start : end - rows.start].copy_(states[:, first - position :])
+
+
+def _open_rows(layer: object, num_tokens: int, start: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """New rows of one layer's keys and values, each (heads, rows, dim), and the position of the first."""
     from blockrag.model.cache import GrowingSlidingLayer
 
     unseen = 0
@@ -84,4 +109,4 @@ def _open_slot(layer: object, num_tokens: int, start: int) -> _Slot:
         unseen = max(0, num_tokens - (layer.sliding_window - 1))
         layer.skip(unseen)
     keys, values = layer.extend(num_tokens - unseen)  # type: ignore[attr-defined]
-    return _Slot(keys[0], values[0], start + unseen)
+    return keys[0], values[0], start + unseen

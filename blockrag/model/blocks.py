@@ -1,36 +1,32 @@
-"""From block to KV states: out of the store when it is there and sound, otherwise computed and stored.
+"""From blocks to KV states, for one model: what they are called, where they are found, who computes them.
 
-A stored copy that fails verification is a miss: it is recomputed, replaced, counted and logged. How blocks are computed
-and stored is said elsewhere.
+Ties together the key of a block, `Fetch` (finding) and `BlockWriter` (computing and storing).
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from blockrag import codec
-from blockrag.errors import DamagedBlockError
 from blockrag.fingerprint import block_key
+from blockrag.model.fetch import Fetch
+from blockrag.model.inflight import InFlight
 from blockrag.model.materialize import BlockWriter, MaterializeReport
+from blockrag.model.readers import Readers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from blockrag.codec import Precision
-    from blockrag.kv import BlockKV
+    from blockrag.model.fetch import Place
     from blockrag.model.profile import ModelProfile, Regime
     from blockrag.model.usage import GenerationTimings, Usage
     from blockrag.prompt import Block
     from blockrag.stores.protocol import BlockStore
 
 __all__ = ["BlockSource"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +41,8 @@ class BlockSource:
         namespace: Blocks of one namespace are not found from another.
         batch_tokens: Padded tokens per prefill forward.
         lock: Held during every forward: some models change their frequencies in it.
+        readers: The threads that read, verify and place blocks.
+        flights: Blocks that are on their way for one request, for others to wait for.
     """
 
     model: PreTrainedModel
@@ -54,6 +52,8 @@ class BlockSource:
     namespace: str
     batch_tokens: int
     lock: AbstractContextManager[object]
+    readers: Readers = field(default_factory=Readers)
+    flights: InFlight = field(default_factory=InFlight)
 
     @property
     def writer(self) -> BlockWriter:
@@ -69,52 +69,40 @@ class BlockSource:
         blocks: Sequence[Block],
         regime: Regime,
         store: BlockStore,
+        place: Place,
         usage: Usage,
         timings: GenerationTimings,
-    ) -> Iterator[tuple[list[int], BlockKV]]:
-        """The KV states of a prompt's local blocks; what is missing is computed and stored.
+        *,
+        in_threads: bool,
+    ) -> None:
+        """Place a prompt's local blocks; what is missing is computed and stored.
 
         Args:
             blocks: Non-empty blocks; the same one may come several times and is then read once.
             regime: The regime of the prompt.
             store: Where blocks are kept.
+            place: Takes each distinct block and its places in `blocks`.
             usage: Counts are added to it.
-            timings: Seconds of loading and prefilling are added to it.
-
-        Yields:
-            The places in `blocks` a block takes, and its KV states. Drop them before taking the next.
+            timings: Seconds of loading, checking, placing and prefilling are added to it.
+            in_threads: Whether `place` may be called from several threads.
         """
         places: dict[str, list[int]] = {}
         for index, block in enumerate(blocks):
             places.setdefault(self.key(block.token_ids, regime), []).append(index)
-        missing: list[str] = []
-        found = store.get_many(list(places))
-        while True:
-            started = time.perf_counter()
-            entry = next(found, None)
-            if entry is None:
-                break
-            key, data = entry
-            kv = None if data is None else self._verified(key, data, usage)
-            timings.load_s += time.perf_counter() - started
-            if kv is None:
-                missing.append(key)
-                continue
-            usage.blocks_reused += len(places[key])
-            usage.tokens_reused += kv.num_tokens * len(places[key])
-            yield places[key], kv
-            del kv, data, entry
-        computed = self.writer.compute([(key, blocks[places[key][0]].token_ids) for key in missing], regime, store)
-        while True:
-            started = time.perf_counter()
-            result = next(computed, None)
-            timings.block_prefill_s += time.perf_counter() - started
-            if result is None:
-                break
-            key, kv, _ = result
-            usage.blocks_computed += len(places[key])
-            usage.tokens_computed += kv.num_tokens * len(places[key])
-            yield places[key], kv
+        token_ids = {key: blocks[where[0]].token_ids for key, where in places.items()}
+        fetch = Fetch(
+            places=places,
+            tokens={key: len(ids) for key, ids in token_ids.items()},
+            store=store,
+            fingerprint=self.fingerprint,
+            layout=self.profile.layout,
+            flights=self.flights,
+            readers=self.readers if in_threads else None,
+            place=place,
+            usage=usage,
+            timings=timings,
+        )
+        fetch.run(lambda missing: self.writer.compute([(key, token_ids[key]) for key in missing], regime, store))
 
     def materialize(
         self,
@@ -131,11 +119,3 @@ class BlockSource:
         """
         by_key = {self.key(block.token_ids, regime): block for block in blocks}
         return self.writer.materialize(by_key, regime, store, on_block, must_store=must_store)
-
-    def _verified(self, key: str, data: memoryview, usage: Usage) -> BlockKV | None:
-        try:
-            return codec.decode(data, key=key, fingerprint=self.fingerprint, layout=self.profile.layout)
-        except DamagedBlockError as error:
-            usage.blocks_damaged += 1
-            logger.warning("block %s... is recomputed: %s", key[:12], error)
-            return None

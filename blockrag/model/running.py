@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import groupby, takewhile
+from functools import cache, partial
+from itertools import accumulate, groupby, takewhile
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -235,17 +235,19 @@ class RunningPrompt:
         if self.source is None or self._regime is None or not isinstance(self.cache, PromptCache):
             raise AssertionError("local blocks need a model that can compose")
         lengths = [len(block.token_ids) for block in blocks]
-        starts = [len(self.token_ids) + sum(lengths[:i]) for i in range(len(lengths))]
+        starts = list(accumulate(lengths[:-1], initial=len(self.token_ids)))
         composition = Composition(self.cache, sum(lengths), self._regime.ropes)
-        for places, kv in self.source.fetch(blocks, self._regime, self.store, self.usage, self.timings):
-            started = time.perf_counter()
-            for place in places:
-                composition.place(kv, starts[place])
-            # Not to be alive while the next one is read.
-            del kv
-            self.timings.compose_s += time.perf_counter() - started
+        self.source.fetch(
+            blocks,
+            self._regime,
+            self.store,
+            partial(composition.place_at, starts),
+            self.usage,
+            self.timings,
+            in_threads=composition.in_threads,
+        )
         started = time.perf_counter()
-        composition.rotate()
+        composition.finish()
         self.timings.compose_s += time.perf_counter() - started
         self.token_ids.extend(token for block in blocks for token in block.token_ids)
         self._placed += sum(lengths)

@@ -33,12 +33,14 @@ class Usage:
 class GenerationTimings:
     """Wall-clock seconds of one prompt.
 
-    `load_s` is reading and verifying stored blocks, `compose_s` placing and rotating them, `block_prefill_s`
+    `load_s` is reading stored blocks, `check_s` verifying them, `compose_s` placing and rotating them (each a share of
+    the time that passed, where several threads do all three at once), `block_prefill_s`
     computing and storing missing ones, `query_prefill_s` the forward of the global blocks. `ttft_s` runs from the
     request to the first token and is more than their sum; `decode_s` is everything after it.
     """
 
     load_s: float = 0.0
+    check_s: float = 0.0
     compose_s: float = 0.0
     block_prefill_s: float = 0.0
     query_prefill_s: float = 0.0

@@ -108,7 +108,7 @@ def _composed_logits(model: PreTrainedModel, profile: ModelProfile, blocks: Sequ
     composition = Composition(cache, start, regime.ropes)
     for index, kv in prefill_blocks(model, profile, regime, local, batch_tokens=1 << 10):
         composition.place(kv, sum(len(block) for block in local[:index]))
-    composition.rotate()
+    composition.finish()
     positions = torch.arange(start, start + len(query), device=model.device)[None]
     ids = torch.tensor([list(query)], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[0]
