@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockrag.kv import BlockKV
-from blockrag.model.profile import capture_cache
+from blockrag.model.capture import capture
 from blockrag.rope import unrotate
 
 if TYPE_CHECKING:
@@ -71,17 +71,9 @@ def prefill_blocks(
         ids = torch.zeros((len(batch), longest), dtype=torch.long)
         for row, index in enumerate(batch):
             ids[row, : len(blocks[index])] = torch.tensor(blocks[index], dtype=torch.long)
-        positions = torch.arange(regime.offset, regime.offset + longest, device=model.device)
-        cache = capture_cache(profile.structure)
-        model.base_model(
-            input_ids=ids.to(model.device),
-            position_ids=positions[None].expand(len(batch), -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        layers = capture(model, profile.structure, ids, regime.offset, early=profile.captures_early)
         states = []
-        for index, ropes in zip(profile.structure.indices, regime.ropes, strict=True):
-            layer = cache.layers[index]
+        for layer, ropes in zip(layers, regime.ropes, strict=True):
             states.append(
                 (unrotate(layer.keys, ropes.keys, regime.offset), _position_free(layer.values, ropes, regime))
             )

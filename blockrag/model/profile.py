@@ -22,18 +22,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from blockrag.compose import LayerRopes
 from blockrag.errors import PromptTooLongError, UnsupportedModelError
 from blockrag.kv import KVLayout, LayerShape
-from blockrag.model.cache import CaptureLayer, LayerStructure
+from blockrag.model.cache import LayerStructure
+from blockrag.model.capture import capture
 from blockrag.rope import RopeSpec, rotate_, unrotate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelProfile", "Regime", "capture_cache", "probe_regimes", "structure_of"]
+__all__ = ["ModelProfile", "Regime", "probe_regimes", "structure_of"]
 
 _PROBE_TOKENS = 9
 _PROBE_SHIFT = 37
@@ -67,6 +68,7 @@ class ModelProfile:
         regime_limit: Tokens up to which the short regime holds; None with one regime.
         max_tokens: Prompt plus answer beyond which composition would not be exact, or the model is out of its range.
         attention: The attention function in use.
+        captures_early: Whether a forward may end as soon as the last layer has handed its KV states over.
         shift_error: Largest relative error of the shift probe.
         equivalence_error: Largest logit difference of the equivalence probe.
         logit_scale: Largest absolute logit of the equivalence probe, to read the error by.
@@ -78,6 +80,7 @@ class ModelProfile:
     regime_limit: int | None
     max_tokens: int | None
     attention: str
+    captures_early: bool
     shift_error: float
     equivalence_error: float = float("nan")
     logit_scale: float = float("nan")
@@ -136,14 +139,6 @@ def structure_of(model: PreTrainedModel) -> LayerStructure:
     return LayerStructure(len(layers), tuple(indices), tuple(windows))
 
 
-def capture_cache(structure: LayerStructure) -> Cache:
-    """An empty cache for one forward that keeps the full, un-windowed states of every layer."""
-    layers: list[Any] = [DummyLayer() for _ in range(structure.num_layers)]
-    for index in structure.indices:
-        layers[index] = CaptureLayer()
-    return Cache(layers=layers)
-
-
 def probe_regimes(model: PreTrainedModel, structure: LayerStructure) -> ModelProfile:
     """Run the shift probe in every regime the model has.
 
@@ -184,6 +179,7 @@ def probe_regimes(model: PreTrainedModel, structure: LayerStructure) -> ModelPro
         regime_limit=limit,
         max_tokens=_max_tokens(model),
         attention=str(model.config._attn_implementation),
+        captures_early=_captures_early(model, structure, before, offset),
         shift_error=error,
     )
 
@@ -203,25 +199,31 @@ def short_window(model: PreTrainedModel, window: int) -> Iterator[None]:
             config.sliding_window = original
 
 
-@torch.no_grad()
 def _captured(
-    model: PreTrainedModel, structure: LayerStructure, offset: int
+    model: PreTrainedModel, structure: LayerStructure, offset: int, *, early: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values, (1, heads, tokens, dim) each, of fixed tokens placed at `offset`."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(0, vocabulary, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(offset, offset + _PROBE_TOKENS)[None]
-    cache = capture_cache(structure)
-    model.base_model(
-        input_ids=ids.to(model.device),
-        position_ids=positions.to(model.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    for index in structure.indices:
-        if not isinstance(cache.layers[index].keys, torch.Tensor):
+    layers = capture(model, structure, ids, offset, early=early)
+    for index, layer in zip(structure.indices, layers, strict=True):
+        if not isinstance(layer.keys, torch.Tensor):
             raise _refusal(model, f"layer {index} left its cache empty, so its state is kept elsewhere")
-    return [(cache.layers[i].keys, cache.layers[i].values) for i in structure.indices]
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def _captures_early(
+    model: PreTrainedModel, structure: LayerStructure, whole: Sequence[tuple[torch.Tensor, torch.Tensor]], offset: int
+) -> bool:
+    """Whether a forward that ends with the last layer's states gives those of a whole forward at `offset`."""
+    early = _captured(model, structure, offset, early=True)
+    pairs = [(a, b) for one, other in zip(early, whole, strict=True) for a, b in zip(one, other, strict=True)]
+    # Some kernels add in another order every time they run; what a model hands over twice differs by its own size.
+    tolerance = _SHIFT_TOLERANCE.get(model.dtype, 2e-2)
+    return all(
+        a.shape == b.shape and float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp_min(1e-9))
+        for a, b in pairs
+    )
 
 
 def _rope_candidates(model: PreTrainedModel) -> list[tuple[float, ...]]:
