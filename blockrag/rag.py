@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Literal
 from blockrag.errors import InputError
 from blockrag.index import PassageIndex
 from blockrag.ingest import delete, ingest
+from blockrag.model.answer import Chunk, FinishReason, Generation
 from blockrag.model.block_model import Attention, BlockModel
-from blockrag.model.running import Chunk, FinishReason, Generation, RunningPrompt
+from blockrag.model.running import RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.stream import ResultStream
 from blockrag.stores import DiskStore, MemoryStore

@@ -38,13 +38,14 @@ def _shared_model(case_id: str) -> Any:
 
 @pytest.fixture
 def make_model() -> Callable[..., BlockModel]:
-    """Build a BlockModel with its own memory store around a tiny model; float32 at rest unless asked otherwise."""
+    """Build a BlockModel around a tiny model: its own memory store, float32 at rest, every prompt composed anew."""
 
     def make(case: ModelCase | str = "llama", **arguments: Any) -> BlockModel:
         model = _shared_model(case) if isinstance(case, str) else tiny_model(case)
         arguments.setdefault("facts", FINE_TUNED)
         arguments.setdefault("precision", "float32")
         arguments.setdefault("store", MemoryStore())
+        arguments.setdefault("kept_bytes", 0)
         return BlockModel(model, plain_tokenizer(), **arguments)
 
     return make

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from blockrag.kv import KVLayout, LayerShape
 from blockrag.model.block_model import BlockModel
-from blockrag.model.cache import BufferPool, GrowingLayer, GrowingSlidingLayer, LayerStructure, PromptCache
+from blockrag.model.cache import GrowingLayer, GrowingSlidingLayer, LayerStructure, PromptCache
+from blockrag.model.pool import BufferPool
 from blockrag.prompt import Block
 
 Make = Callable[..., BlockModel]

@@ -19,11 +19,11 @@ from tiny_tokenizers import chatml_tokenizer, plain_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from blockrag.errors import InputError, PromptTooLongError, UnsupportedModelError
+from blockrag.model.answer import Generation
 from blockrag.model.block_model import BlockModel
 from blockrag.model.cache import PromptCache
 from blockrag.model.detokenize import TextStream
 from blockrag.model.facts import BlockAttentionFacts
-from blockrag.model.running import Generation
 from blockrag.model.sampling import GenerationOptions, Sampler
 from blockrag.prompt import Block, SegmentedPrompt
 

@@ -23,15 +23,17 @@ import torch
 from blockrag.codec import Precision
 from blockrag.errors import InputError, UnsupportedModelError
 from blockrag.fingerprint import Fingerprint, hash_json, hash_tensors, hash_tokenizer
+from blockrag.model.answer import Chunk, Generation
+from blockrag.model.batch import BatchLimits, answer_together, group_prompts
 from blockrag.model.blocks import BlockSource
-from blockrag.model.cache import BufferPool
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
 from blockrag.model.materialize import MaterializeReport
 from blockrag.model.oracle import oracle_logits
+from blockrag.model.pool import BufferPool, PoolStats, memory_share
 from blockrag.model.prefill import prefill_blocks
 from blockrag.model.profile import ModelProfile, Regime, structure_of
-from blockrag.model.running import Chunk, Generation, RunningPrompt
+from blockrag.model.running import RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.stream import ResultStream
 from blockrag.model.verification import verified_profile
@@ -70,6 +72,7 @@ Attention = Literal["block", "full"]
 _DEFAULT_STORE_BYTES = 2 << 30
 # Larger batches fall out of the processor's cache (measured: 1,024 tokens beat 4,096 and 16,384); a GPU wants more.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_BATCH_PROMPTS = 32
 # Entries of a model's configuration that say nothing about what it computes.
 _INERT_CONFIG = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
 
@@ -89,6 +92,8 @@ class BlockModel:
             16 bits, and float16 where it has 32.
         namespace: Blocks stored under one namespace are not found from another.
         facts: What is known of the checkpoint's block fine-tuning; `from_pretrained` reads it from the checkpoint.
+        kept_bytes: Bytes of finished prompts whose passages stay composed for the next prompt that opens with the same
+            ones in the same order; 0 for none. By default an eighth of the memory, on a host at most 4 GiB.
 
     Raises:
         UnsupportedModelError: With attention="block", when the model's KV states cannot be composed exactly.
@@ -109,6 +114,7 @@ class BlockModel:
         precision: Precision | None = None,
         namespace: str = "",
         facts: BlockAttentionFacts | None = None,
+        kept_bytes: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -118,13 +124,14 @@ class BlockModel:
         self.store: BlockStore = MemoryStore(max_bytes=_DEFAULT_STORE_BYTES) if store is None else store
         self.precision: Precision = _checked_precision(precision or _default_precision(model.dtype))
         self.namespace = namespace
-        self._pool = BufferPool()
+        self._kept_bytes = _checked_bytes(kept_bytes)
         self._lock = threading.RLock()
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is not a causal language model of transformers 5: its forward takes no "
                 "logits_to_keep; load it with AutoModelForCausalLM"
             )
+        self._pool = self._new_pool()
         self.profile: ModelProfile | None = None
         try:
             self.profile = verified_profile(model)
@@ -154,6 +161,7 @@ class BlockModel:
         precision: Precision | None = None,
         namespace: str = "",
         block_fine_tuned: bool | None = None,
+        kept_bytes: int | None = None,
         revision: str | None = None,
     ) -> BlockModel:
         """Load a model from a directory or the Hugging Face hub.
@@ -168,6 +176,7 @@ class BlockModel:
             precision: See `BlockModel`.
             namespace: See `BlockModel`.
             block_fine_tuned: Overrides what the checkpoint says of itself.
+            kept_bytes: See `BlockModel`.
             revision: Branch, tag or commit on the hub.
 
         Raises:
@@ -189,6 +198,7 @@ class BlockModel:
             precision=precision,
             namespace=namespace,
             facts=facts,
+            kept_bytes=kept_bytes,
         )
 
     @property
@@ -310,6 +320,8 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        batch_size: int = ...,
+        max_batch_bytes: int | None = None,
     ) -> list[Generation]: ...
 
     def generate(
@@ -319,27 +331,33 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        batch_size: int = _BATCH_PROMPTS,
+        max_batch_bytes: int | None = None,
     ) -> Generation | list[Generation]:
         """Answer one prompt, or each of several.
 
-        The missing blocks of several prompts are computed together, once; each prompt then decodes on its own cache,
-        so that its answer is the one it would get alone.
+        The missing blocks of several prompts are computed together, once. Prompts of similar length then decode
+        together, each with a sampler, a seed and stop strings of its own: its answer is the one it would get alone, up
+        to the rounding of logits (1e-5 in float32). A model that cannot be composed answers them one after the other.
 
         Args:
             prompt: One prompt or a sequence of them, from `BlockModel.template`.
             options: How to generate.
             attention: "block" or "full"; by default the model's.
             store: Where blocks are kept; by default the model's store.
+            batch_size: Prompts that decode together at most.
+            max_batch_bytes: Bytes their caches may take together; by default an eighth of the memory, on a host at most
+                4 GiB. A prompt that needs more is answered by itself.
 
         Raises:
-            PromptTooLongError: A prompt exceeds what the model can place.
+            PromptTooLongError: A prompt exceeds what the model can place; none is answered.
+            InputError: A limit is out of range.
         """
         if isinstance(prompt, SegmentedPrompt):
             return self.stream(prompt, options, attention=attention, store=store).finish()
-        prompts = list(prompt)
-        if self._mode(attention) == "block":
-            self._materialize_together(prompts, self.store if store is None else store)
-        return [self.stream(one, options, attention=attention, store=store).finish() for one in prompts]
+        nbytes = memory_share(self.model.device) if max_batch_bytes is None else max_batch_bytes
+        limits = BatchLimits(prompts=batch_size, nbytes=nbytes)
+        return self._generate_all(list(prompt), options or GenerationOptions(), self._mode(attention), store, limits)
 
     def stream(
         self,
@@ -403,6 +421,18 @@ class BlockModel:
         finally:
             self._worker.submit(pieces.close)
 
+    def prompt_memory(self) -> PoolStats:
+        """What finished prompts left in memory: passages kept composed, and buffers in reserve."""
+        return self._pool.stats()
+
+    def forget_kept(self) -> None:
+        """Free the memory of finished prompts; those in progress free theirs when they end.
+
+        For when passages must not stay in memory after they were deleted. Answers do not depend on it: kept blocks are
+        found by their token ids, so that what is kept is never out of date.
+        """
+        self._pool = self._new_pool()
+
     def reference_logits(self, blocks: Sequence[Block]) -> torch.Tensor:
         """Logits (tokens, vocabulary) of one forward under the dense block mask: the oracle, for tests."""
         with self._lock:
@@ -422,6 +452,42 @@ class BlockModel:
             return (yield from running.answer(options, prompt.stop))
         finally:
             running.close()
+
+    def _generate_all(
+        self,
+        prompts: list[SegmentedPrompt],
+        options: GenerationOptions,
+        attention: Attention,
+        store: BlockStore | None,
+        limits: BatchLimits,
+    ) -> list[Generation]:
+        if attention == "full":
+            prompts = [prompt.as_full() for prompt in prompts]
+        profile = self.profile
+        if profile is None:
+            return [self.stream(prompt, options, attention=attention, store=store).finish() for prompt in prompts]
+        groups = group_prompts(prompts, profile, options.max_new_tokens, dtype=self.model.dtype, limits=limits)
+        if attention == "block":
+            self._materialize_together(prompts, self.store if store is None else store)
+        generations: dict[int, Generation] = {}
+        for group in groups:
+            if len(group) == 1:
+                answered = [self.stream(prompts[group[0]], options, attention=attention, store=store).finish()]
+            else:
+                answered = answer_together(
+                    [prompts[index] for index in group],
+                    options,
+                    start=lambda: self.start(attention=attention, store=store),
+                    profile=profile,
+                    pool=self._pool,
+                )
+            generations.update(zip(group, answered, strict=True))
+        return [generations[index] for index in range(len(prompts))]
+
+    def _new_pool(self) -> BufferPool:
+        share = memory_share(self.model.device)
+        kept = share if self._kept_bytes is None else self._kept_bytes
+        return BufferPool(max_bytes=max(share, kept), kept_bytes=kept)
 
     def _materialize_together(self, prompts: Sequence[SegmentedPrompt], store: BlockStore) -> None:
         profile = self._composable()
@@ -475,6 +541,12 @@ def _checked_attention(attention: Attention) -> Attention:
     if attention not in ("block", "full"):
         raise InputError(f'attention={attention!r} is neither "block" nor "full"')
     return attention
+
+
+def _checked_bytes(kept_bytes: int | None) -> int | None:
+    if kept_bytes is not None and kept_bytes < 0:
+        raise InputError(f"kept_bytes={kept_bytes!r} is negative; pass 0 to keep no prompts")
+    return kept_bytes
 
 
 def _checked_precision(precision: Precision) -> Precision:

@@ -1,9 +1,13 @@
 """The cache of one running prompt: cache layers that grow in place inside one pooled buffer.
 
-A cache lives for one generation. transformers' own dynamic cache concatenates the whole cache for every layer and
-token, which is 5 to 7 times the cost of decoding at 32K tokens, and freshly allocated memory costs 2 to 3 times the
-copy into it. So all layers of a prompt are views of one buffer, taken from a pool, with room for the answer; a layer
-appends by writing behind its last token. Windowed layers hold only the tokens that can still be seen.
+A cache lives for one answer, or for one conversation. transformers' own dynamic cache concatenates the whole cache for
+every layer and token, which is 5 to 7 times the cost of decoding at 32K tokens, and freshly allocated memory costs 2 to
+3 times the copy into it. So all layers of a prompt are views of one buffer, taken from a pool, with room for the
+answer; a layer appends by writing behind its last token. Windowed layers hold only the tokens that can still be seen.
+
+Prompts that decode together share one buffer with a row for each. All rows end in the same column, so that the distance
+of two columns is the distance of two positions in every row, and windows are exact; what is left of a shorter prompt is
+padding, zero because a mask only makes its weight zero. A row is filled through a `PromptCache` like any other prompt.
 
 Nothing here knows where KV states come from or how keys are rotated.
 Source: https://huggingface.co/docs/transformers/kv_cache
@@ -11,7 +15,7 @@ Source: https://huggingface.co/docs/transformers/kv_cache
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +23,16 @@ import torch
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from blockrag.kv import KVLayout, LayerShape
+from blockrag.model.pool import BufferPool
 
-__all__ = ["BufferPool", "CaptureLayer", "GrowingLayer", "GrowingSlidingLayer", "LayerStructure", "PromptCache"]
+__all__ = [
+    "BatchCache",
+    "GrowingLayer",
+    "GrowingSlidingLayer",
+    "LayerStructure",
+    "PromptCache",
+    "PromptSize",
+]
 
 # A kernel that reads 64 bytes at a time must not straddle two layers.
 _ALIGNMENT = 64
@@ -35,62 +47,12 @@ class LayerStructure:
     windows: tuple[int | None, ...]
 
 
-class BufferPool:
-    """Reuses the large buffers of finished prompts, up to a byte cap.
-
-    Args:
-        max_bytes: Bytes kept for reuse; beyond that, what came back first is freed first.
-    """
-
-    def __init__(self, max_bytes: int = 4 << 30) -> None:
-        self.max_bytes = max_bytes
-        self._free: list[torch.Tensor] = []
-        self._lock = threading.Lock()
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes waiting for reuse."""
-        with self._lock:
-            return sum(buffer.numel() for buffer in self._free)
-
-    def acquire(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        """A uint8 buffer of at least `nbytes` bytes, contents undefined: the smallest free one that is not wasteful."""
-        with self._lock:
-            fitting = [b for b in self._free if b.device == device and nbytes <= b.numel() <= 2 * nbytes + (1 << 20)]
-            if fitting:
-                best = min(fitting, key=torch.Tensor.numel)
-                self._free = [b for b in self._free if b is not best]
-                return best
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    def release(self, buffer: torch.Tensor) -> None:
-        """Give a buffer back; the caller must not use any view of it afterwards."""
-        with self._lock:
-            self._free.append(buffer)
-            while sum(b.numel() for b in self._free) > self.max_bytes:
-                # The oldest: prompts tend to grow, and the sizes of today are those asked for next.
-                self._free.pop(0)
-
-
-class CaptureLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer for one forward from an empty cache: keeps the states it is given, whatever the layer's window is.
-
-    transformers' windowed layer drops all but the last tokens, which a stored block needs.
-    """
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Keep the states (batch, heads, tokens, head_dim) and return them as they are."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-        return key_states, value_states
-
-
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A full-attention layer that appends in place.
 
     Args:
-        keys: Room for the keys, shape (1, key_heads, capacity, key_dim).
-        values: Room for the values, shape (1, value_heads, capacity, value_dim).
+        keys: Room for the keys, shape (batch, key_heads, capacity, key_dim).
+        values: Room for the values, shape (batch, value_heads, capacity, value_dim).
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -98,6 +60,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
         self._key_room, self._value_room = keys, values
+        # Whether the room is still the one it began with.
+        self.in_place = True
         self._set_length(0)
 
     def _set_length(self, length: int) -> None:
@@ -111,6 +75,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if needed <= self._key_room.shape[2]:
             return
         capacity = needed + needed // 4 + 64
+        self.in_place = False
         for name in ("_key_room", "_value_room"):
             room = getattr(self, name)
             larger = room.new_empty(*room.shape[:2], capacity, room.shape[-1])
@@ -121,7 +86,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Append `tokens` tokens of undefined content.
 
         Returns:
-            Views of the new keys and values, shapes (1, heads, tokens, head_dim), to be written by the caller.
+            Views of the new keys and values, shapes (batch, heads, tokens, head_dim), to be written by the caller.
         """
         self.reserve(tokens)
         start = self._length
@@ -129,7 +94,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, start:], self.values[:, :, start:]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Append states (1, heads, tokens, head_dim); returns all keys and values the tokens may attend to."""
+        """Append states (batch, heads, tokens, head_dim); returns all keys and values the tokens may attend to."""
         keys, values = self.extend(key_states.shape[-2])
         keys.copy_(key_states)
         values.copy_(value_states)
@@ -143,6 +108,27 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def forgettable(self) -> int:
         """Tokens `crop` can remove so that the next token still sees all it should."""
         return self._length
+
+    @property
+    def free(self) -> int:
+        """Tokens that can be appended before anything must move."""
+        return int(self._key_room.shape[2]) - self._length
+
+    def compact(self, rows: Sequence[int], tokens: int) -> None:
+        """Keep some sequences of the batch and the last `tokens` tokens, in the same room.
+
+        Args:
+            rows: Indices into the batch, ascending.
+            tokens: No more than there are.
+        """
+        first = self._length - tokens
+        for name in ("_key_room", "_value_room"):
+            room = getattr(self, name)
+            for target, row in enumerate(rows):
+                if target != row:
+                    room[target, :, first : self._length] = room[row, :, first : self._length]
+            setattr(self, name, room[: len(rows), :, first:])
+        self._set_length(tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens, or all there are.
@@ -160,6 +146,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def _adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Continue on tensors of another batch size (beam search); leaves the pooled buffer."""
+        self.in_place = False
         self._key_room, self._value_room = keys, values
         self._set_length(keys.shape[2])
 
@@ -180,8 +167,8 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
     """A sliding-window layer that appends in place and hands out only what the window can see.
 
     Args:
-        keys: Room for the keys, shape (1, key_heads, capacity, key_dim).
-        values: Room for the values, shape (1, value_heads, capacity, value_dim).
+        keys: Room for the keys, shape (batch, key_heads, capacity, key_dim).
+        values: Room for the values, shape (batch, value_heads, capacity, value_dim).
         window: Tokens a token sees, itself included.
     """
 
@@ -243,6 +230,23 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         held = self._rows.get_seq_length()
         return held - (self.sliding_window - 1) if self._skipped else held
 
+    @property
+    def free(self) -> int:
+        """Tokens that can be appended before anything must move."""
+        return self._rows.free
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the room is still the one it began with."""
+        return self._rows.in_place
+
+    def compact(self, rows: Sequence[int], tokens: int) -> None:
+        """Keep some sequences of the batch, which see `tokens` tokens from now on; see `GrowingLayer.compact`."""
+        held = min(self._rows.get_seq_length(), tokens)
+        self._rows.compact(rows, held)
+        self._skipped = tokens - held
+        self._show(held)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens.
 
@@ -294,6 +298,8 @@ class PromptCache(Cache):  # type: ignore[misc]
         pool: Where the buffer comes from and goes back to.
     """
 
+    kv_layers: tuple[GrowingLayer | GrowingSlidingLayer, ...]
+
     def __init__(
         self,
         layout: KVLayout,
@@ -305,25 +311,17 @@ class PromptCache(Cache):  # type: ignore[misc]
         device: torch.device,
         pool: BufferPool,
     ) -> None:
-        self._pool = pool
         plans = [
-            _LayerPlan.of(shape, window, capacity, skipped)
+            _LayerPlan(shape, capacity - _unseen(window, skipped))
             for shape, window in zip(layout.layers, structure.windows, strict=True)
         ]
-        itemsize = dtype.itemsize
-        self._buffer: torch.Tensor | None = pool.acquire(sum(p.nbytes(itemsize) for p in plans), device)
-        layers: list[Any] = [DummyLayer() for _ in range(structure.num_layers)]
-        offset = 0
-        for index, plan, window in zip(structure.indices, plans, structure.windows, strict=True):
-            keys, offset = _carve(self._buffer, offset, plan.shape.key_heads, plan.capacity, plan.shape.key_dim, dtype)
-            values, offset = _carve(
-                self._buffer, offset, plan.shape.value_heads, plan.capacity, plan.shape.value_dim, dtype
-            )
-            layers[index] = (
-                GrowingLayer(keys, values) if window is None else GrowingSlidingLayer(keys, values, window=window)
-            )
-        self.kv_layers: tuple[GrowingLayer | GrowingSlidingLayer, ...] = tuple(layers[i] for i in structure.indices)
-        super().__init__(layers=layers)
+        self._pool = pool
+        self._buffer: torch.Tensor | None = pool.acquire(_nbytes(plans, 1, dtype), device)
+        self._open(structure, _carved(self._buffer, plans, 1, dtype))
+
+    def _open(self, structure: LayerStructure, rooms: Sequence[_Room]) -> None:
+        self.kv_layers = _layers_in(rooms, structure)
+        super().__init__(layers=_placed(self.kv_layers, structure))
 
     @property
     def num_tokens(self) -> int:
@@ -335,11 +333,143 @@ class PromptCache(Cache):  # type: ignore[misc]
         """Bytes of the pooled buffer."""
         return 0 if self._buffer is None else self._buffer.numel()
 
+    def release(self, *, key: Hashable | None = None, tokens: int = 0) -> None:
+        """Give the buffer back to the pool; the cache must not be used afterwards. Safe to call twice.
+
+        Args:
+            key: Keep the first tokens for `reopened` with this key, where every layer still holds them in the buffer.
+            tokens: How many.
+        """
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return
+        if key is not None and self._rewind(tokens):
+            self._pool.release(buffer, key=key, content=self)
+        else:
+            self._pool.release(buffer)
+
+    @staticmethod
+    def reopened(pool: BufferPool, key: Hashable, *, free: int) -> PromptCache | None:
+        """The cache that was kept under a key, if it has room for `free` tokens more."""
+
+        def fits(content: object) -> bool:
+            return isinstance(content, PromptCache) and all(layer.free >= free for layer in content.kv_layers)
+
+        found = pool.take(key, fits)
+        if found is None or not isinstance(found[1], PromptCache):
+            return None
+        cache = found[1]
+        cache._buffer = found[0]
+        return cache
+
+    def _rewind(self, tokens: int) -> bool:
+        """Forget all but the first tokens, where that is possible; after an error the layers differ in length."""
+        surplus = [int(layer.get_seq_length()) - tokens for layer in self.kv_layers]
+        for layer, count in zip(self.kv_layers, surplus, strict=True):
+            if not layer.in_place or not 0 <= count <= layer.forgettable:
+                return False
+        for layer, count in zip(self.kv_layers, surplus, strict=True):
+            layer.crop(-count)
+        return True
+
+
+class _Row(PromptCache):
+    """A prompt's cache in one row of a batch's buffer, which stays the batch's."""
+
+    def __init__(self, structure: LayerStructure, rooms: Sequence[_Room]) -> None:
+        self._buffer = None
+        self._open(structure, rooms)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSize:
+    """What a prompt needs of a batch's buffer.
+
+    Args:
+        tokens: Its tokens.
+        skipped: Of these, the leading ones that windowed layers need not hold; see `PromptCache`.
+    """
+
+    tokens: int
+    skipped: int
+
+
+class BatchCache(Cache):  # type: ignore[misc]
+    """The caches of several prompts in one pooled buffer, a row each, all ending in the same column.
+
+    Fill each row through `row` first; the cache as a whole then holds the longest prompt's number of tokens, and a
+    forward appends one column per token to all rows.
+
+    Args:
+        layout: Shapes of the layers that keep KV states.
+        structure: Which layers those are, and how far each of them sees.
+        sizes: The prompts.
+        room: Tokens to make room for behind them.
+        dtype: The dtype the model computes in.
+        device: The model's device.
+        pool: Where the buffer comes from and goes back to.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        structure: LayerStructure,
+        sizes: Sequence[PromptSize],
+        *,
+        room: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pool: BufferPool,
+    ) -> None:
+        self._pool, self._structure = pool, structure
+        # Tokens of each row, per layer.
+        self._held = [[size.tokens - _unseen(window, size.skipped) for size in sizes] for window in structure.windows]
+        plans = [_LayerPlan(shape, max(held) + room) for shape, held in zip(layout.layers, self._held, strict=True)]
+        self._buffer: torch.Tensor | None = pool.acquire(_nbytes(plans, len(sizes), dtype), device)
+        self._rooms = _carved(self._buffer, plans, len(sizes), dtype)
+        self.kv_layers = _layers_in(self._rooms, structure)
+        longest = max(size.tokens for size in sizes)
+        for layer, held in zip(self.kv_layers, self._held, strict=True):
+            if isinstance(layer, GrowingSlidingLayer):
+                layer.skip(longest - max(held))
+            layer.extend(max(held))
+        super().__init__(layers=_placed(self.kv_layers, structure))
+
+    @staticmethod
+    def nbytes_for(
+        layout: KVLayout, structure: LayerStructure, sizes: Sequence[PromptSize], *, room: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes of the buffer for these prompts."""
+        plans = [
+            _LayerPlan(shape, room + max(size.tokens - _unseen(window, size.skipped) for size in sizes))
+            for shape, window in zip(layout.layers, structure.windows, strict=True)
+        ]
+        return _nbytes(plans, len(sizes), dtype)
+
+    def row(self, index: int) -> PromptCache:
+        """The empty cache of one prompt, to be filled with exactly its tokens."""
+        rooms = []
+        for (keys, values), held in zip(self._rooms, self._held, strict=True):
+            first = max(held) - held[index]
+            keys[index, :, :first] = 0
+            values[index, :, :first] = 0
+            rooms.append((keys[index : index + 1, :, first:], values[index : index + 1, :, first:]))
+        return _Row(self._structure, rooms)
+
+    def compact(self, rows: Sequence[int], tokens: int) -> None:
+        """Keep these rows, ascending, and the last `tokens` columns; rows made by `row` are no longer valid."""
+        for layer in self.kv_layers:
+            layer.compact(rows, tokens)
+
     def release(self) -> None:
-        """Give the buffer back to the pool; the cache must not be used afterwards. Safe to call twice."""
-        if self._buffer is not None:
-            self._pool.release(self._buffer)
-            self._buffer = None
+        """Give the buffer back to the pool; neither cache nor rows may be used afterwards. Safe to call twice."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._pool.release(buffer)
+
+
+# Room for one layer's keys and values, each (batch, heads, capacity, dim).
+_Room = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,25 +479,47 @@ class _LayerPlan:
     shape: LayerShape
     capacity: int
 
-    @classmethod
-    def of(cls, shape: LayerShape, window: int | None, capacity: int, skipped: int) -> _LayerPlan:
-        # The first token after the skipped ones sees window - 1 tokens before it.
-        unseen = 0 if window is None else max(0, skipped - (window - 1))
-        return cls(shape, capacity - unseen)
 
-    def nbytes(self, itemsize: int) -> int:
-        keys = _aligned(self.shape.key_size * self.capacity * itemsize)
-        return keys + _aligned(self.shape.value_size * self.capacity * itemsize)
+def _unseen(window: int | None, skipped: int) -> int:
+    """Of `skipped` leading tokens, those that no later token sees: the next one sees window - 1 before it."""
+    return 0 if window is None else max(0, skipped - (window - 1))
+
+
+def _layers_in(rooms: Sequence[_Room], structure: LayerStructure) -> tuple[GrowingLayer | GrowingSlidingLayer, ...]:
+    return tuple(
+        GrowingLayer(keys, values) if window is None else GrowingSlidingLayer(keys, values, window=window)
+        for (keys, values), window in zip(rooms, structure.windows, strict=True)
+    )
+
+
+def _placed(kv_layers: Sequence[Any], structure: LayerStructure) -> list[Any]:
+    """The layers at their places among the model's; the others keep nothing."""
+    layers: list[Any] = [DummyLayer() for _ in range(structure.num_layers)]
+    for index, layer in zip(structure.indices, kv_layers, strict=True):
+        layers[index] = layer
+    return layers
+
+
+def _nbytes(plans: Sequence[_LayerPlan], rows: int, dtype: torch.dtype) -> int:
+    sizes = (size * rows * plan.capacity for plan in plans for size in (plan.shape.key_size, plan.shape.value_size))
+    return sum(_aligned(size * dtype.itemsize) for size in sizes)
+
+
+def _carved(buffer: torch.Tensor, plans: Sequence[_LayerPlan], rows: int, dtype: torch.dtype) -> list[_Room]:
+    """The layers' rooms, one behind the other in the buffer."""
+    offset, rooms = 0, []
+    for plan in plans:
+        views = []
+        for heads, dim in (
+            (plan.shape.key_heads, plan.shape.key_dim),
+            (plan.shape.value_heads, plan.shape.value_dim),
+        ):
+            nbytes = rows * heads * plan.capacity * dim * dtype.itemsize
+            views.append(buffer[offset : offset + nbytes].view(dtype).view(rows, heads, plan.capacity, dim))
+            offset += _aligned(nbytes)
+        rooms.append((views[0], views[1]))
+    return rooms
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _carve(
-    buffer: torch.Tensor, offset: int, heads: int, capacity: int, dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, int]:
-    """A view (1, heads, capacity, dim) of the buffer at a byte offset, and the offset behind it."""
-    nbytes = heads * capacity * dim * dtype.itemsize
-    view = buffer[offset : offset + nbytes].view(dtype).view(1, heads, capacity, dim)
-    return view, offset + _aligned(nbytes)

@@ -6,6 +6,9 @@
 The decoding loop is ours rather than `generate`: it streams without a thread (an abandoned stream simply stops), its
 first token can be timed, and it cannot lose query tokens or drop the cache, as `generate` does in cases of its own.
 The tests hold the two against each other.
+
+The passages a prompt opens with, composed, outlive it: they wait in the pool for a prompt that opens with the same
+ones in the same order. What they hold depends on nothing but those passages, so that nobody can tell the difference.
 """
 
 from __future__ import annotations
@@ -17,56 +20,44 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate, groupby, takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from blockrag.compose import Composition
 from blockrag.errors import PromptTooLongError
-from blockrag.model.cache import BufferPool, PromptCache
-from blockrag.model.detokenize import TextStream
-from blockrag.model.sampling import GenerationOptions, Sampler
+from blockrag.model.answer import Chunk, Generation, OngoingAnswer
+from blockrag.model.cache import PromptCache
 from blockrag.model.usage import GenerationTimings, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from blockrag.model.blocks import BlockSource
+    from blockrag.model.pool import BufferPool
     from blockrag.model.profile import Regime
+    from blockrag.model.sampling import GenerationOptions
     from blockrag.prompt import Block
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["Chunk", "FinishReason", "Generation", "RunningPrompt"]
+__all__ = ["RunningPrompt"]
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of an answer: the text that became certain with `token_id` (possibly none); one chunk per token."""
-
-    text: str
-    token_id: int
+# Questions about the same passages differ a little in length; the next one should fit where this one was.
+_SLACK_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """A finished answer.
+class _Opening:
+    """The run of local blocks a prompt opens with.
 
     Args:
-        text: The answer, without stop strings.
-        token_ids: All tokens generated, the final end-of-sequence token included.
-        finish_reason: "stop" (end of sequence or a stop string) or "length".
-        usage: Counted work.
-        timings: Measured seconds.
+        key: The keys of its blocks, in order.
+        num_tokens: Its tokens.
     """
 
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    usage: Usage
-    timings: GenerationTimings
+    key: tuple[str, ...]
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -96,10 +87,13 @@ class RunningPrompt:
     cache: Cache | None = None
     logits: torch.Tensor | None = None
     _regime: Regime | None = None
+    # What the cache begins with, once it does and where it may be kept.
+    _opening: _Opening | None = None
     _pending: list[int] = field(default_factory=list)
     # Tokens the cache has seen; recurrent caches cannot tell.
     _placed: int = 0
     _started: float = 0.0
+    _first_token_at: float = 0.0
 
     def extend(self, blocks: Sequence[Block], *, room: int) -> None:
         """Append blocks to the prompt; afterwards `logits` are those after the last global block.
@@ -116,7 +110,9 @@ class RunningPrompt:
         added = sum(len(block.token_ids) for block in blocks) + len(self._pending)
         limit = self._admit(len(self.token_ids) - len(self._pending) + added)
         if self.cache is None:
-            self.cache = self._new_cache(blocks, added, room if limit is None else min(room, limit))
+            leading = list(takewhile(lambda block: block.local, blocks))
+            self._open(leading, added, room if limit is None else min(room, limit), limit)
+            blocks = blocks[len(leading) :]
         for is_local, run in groupby(blocks, key=lambda block: block.local):
             if is_local:
                 self._compose(list(run))
@@ -131,49 +127,60 @@ class RunningPrompt:
             options: How to generate.
             stop: The template's stop strings, besides the options' own.
         """
-        limit = self._room_after(len(self.token_ids))
-        budget = options.max_new_tokens if limit is None else min(limit, options.max_new_tokens)
-        sampler = Sampler(options, self.model.device)
-        stream = TextStream(self.tokenizer, (*stop, *options.stop))
-        stop_ids = frozenset() if options.ignore_eos else self.stop_ids
-        generated: list[int] = []
-        reason: FinishReason = "length"
-        first_token_at = 0.0
+        answer = self.begin(options, stop)
         while True:
-            if self.logits is None:
-                raise AssertionError("answer() needs a global block before it")
-            token = sampler.choose(self.logits, self.token_ids)
-            if not generated:
-                first_token_at = time.perf_counter()
-                self.timings.ttft_s = first_token_at - self._started
-            generated.append(token)
-            self.usage.new_tokens = len(generated)
-            if token in stop_ids:
-                # Not kept: the next turn's markup closes this one.
-                reason = "stop"
-                if rest := stream.finish():
-                    yield Chunk(rest, token)
-                break
-            self.token_ids.append(token)
-            self._pending = [token]
-            text = stream.push(token)
-            if stream.stopped or len(generated) >= budget:
-                # The last token may complete a stop string and begin a character that never came.
-                text += stream.finish()
-                reason = "stop" if stream.stopped else "length"
-                yield Chunk(text, token)
-                break
-            yield Chunk(text, token)
-            self._forward(self._take_pending())
-        if stream.stopped:
-            self._forget(stream.tokens_hidden)
-        self.timings.decode_s = time.perf_counter() - first_token_at
-        return Generation(stream.text, tuple(generated), reason, self.usage, self.timings)
+            chunk = self.step(answer)
+            if chunk is not None:
+                yield chunk
+            if answer.finish_reason is not None:
+                return self.finish(answer)
+            self._forward(self.take_pending())
+
+    def begin(self, options: GenerationOptions, stop: Sequence[str]) -> OngoingAnswer:
+        """Start an answer whose forwards the caller runs; see `answer`."""
+        limit = self._room_after(len(self.token_ids))
+        return OngoingAnswer(
+            options,
+            stop,
+            stop_ids=self.stop_ids,
+            budget=options.max_new_tokens if limit is None else min(limit, options.max_new_tokens),
+            tokenizer=self.tokenizer,
+            device=self.model.device,
+        )
+
+    def step(self, answer: OngoingAnswer) -> Chunk | None:
+        """Choose the next token from `logits`; it waits in `take_pending` for its forward."""
+        if self.logits is None:
+            raise AssertionError("an answer needs a global block before it")
+        known = len(self.token_ids)
+        chunk = answer.choose(self.logits, self.token_ids)
+        self._pending = self.token_ids[known:]
+        self.usage.new_tokens = len(answer.token_ids)
+        if self.usage.new_tokens == 1:
+            self._first_token_at = time.perf_counter()
+            self.timings.ttft_s = self._first_token_at - self._started
+        return chunk
+
+    def finish(self, answer: OngoingAnswer) -> Generation:
+        """The answer that `step` brought to its end."""
+        if answer.finish_reason is None:
+            raise AssertionError("the answer goes on")
+        self._forget(answer.tokens_hidden)
+        self.timings.decode_s = time.perf_counter() - self._first_token_at
+        return Generation(answer.text, tuple(answer.token_ids), answer.finish_reason, self.usage, self.timings)
+
+    def take_pending(self) -> list[int]:
+        """The tokens that are part of the prompt and not yet in the cache; the caller puts them there."""
+        pending, self._pending = self._pending, []
+        return pending
 
     def close(self) -> None:
-        """Give the cache's buffer back. Safe to call twice."""
+        """Give the cache's buffer back, with what the prompt opened with still in it. Safe to call twice."""
         if isinstance(self.cache, PromptCache):
-            self.cache.release()
+            if self._opening is None:
+                self.cache.release()
+            else:
+                self.cache.release(key=self._opening.key, tokens=self._opening.num_tokens)
         self.cache = self.logits = None
 
     def _forget(self, count: int) -> None:
@@ -210,15 +217,39 @@ class RunningPrompt:
         self._regime = regime
         return room
 
-    def _new_cache(self, blocks: Sequence[Block], num_tokens: int, room: int) -> Cache:
+    def _open(self, leading: list[Block], num_tokens: int, room: int, limit: int | None) -> None:
+        """Open the cache, with the run of local blocks the prompt of `num_tokens` tokens begins with."""
+        opening = self._opening_of(leading)
+        if opening is not None:
+            free = num_tokens - opening.num_tokens + room
+            self.cache = PromptCache.reopened(self.pool, opening.key, free=free)
+            room = room + _SLACK_TOKENS if limit is None else min(room + _SLACK_TOKENS, limit)
+        if self.cache is None:
+            self.cache = self._new_cache(sum(len(block.token_ids) for block in leading), num_tokens + room)
+            if leading:
+                self._compose(leading)
+        elif opening is not None:
+            self.token_ids.extend(token for block in leading for token in block.token_ids)
+            self._placed = opening.num_tokens
+            self.usage.blocks_reused = self.usage.blocks_kept = len(opening.key)
+            self.usage.tokens_reused = self.usage.tokens_kept = opening.num_tokens
+        self._opening = opening
+
+    def _opening_of(self, leading: list[Block]) -> _Opening | None:
+        source, regime = self.source, self._regime
+        if source is None or regime is None or not self.pool.max_kept_bytes:
+            return None
+        key = tuple(source.key(block.token_ids, regime) for block in leading if block.token_ids)
+        return _Opening(key, sum(len(block.token_ids) for block in leading)) if key else None
+
+    def _new_cache(self, skipped: int, capacity: int) -> Cache:
         if self.source is None:
             return DynamicCache(config=self.model.config)
-        leading = takewhile(lambda block: block.local, blocks)
         return PromptCache(
             self.source.profile.layout,
             self.source.profile.structure,
-            capacity=num_tokens + room,
-            skipped=sum(len(block.token_ids) for block in leading),
+            capacity=capacity,
+            skipped=skipped,
             dtype=self.model.dtype,
             device=self.model.device,
             pool=self.pool,
@@ -228,7 +259,7 @@ class RunningPrompt:
         """Fetch a run of local blocks and place them behind what the cache holds."""
         if self._pending:
             # The last turn's final token precedes the new passages.
-            self._forward(self._take_pending())
+            self._forward(self.take_pending())
         blocks = [block for block in blocks if block.token_ids]
         if not blocks:
             return
@@ -256,7 +287,7 @@ class RunningPrompt:
         if not token_ids:
             return
         started = time.perf_counter()
-        tokens = [*self._take_pending(), *token_ids]
+        tokens = [*self.take_pending(), *token_ids]
         # Recurrent models continue exactly by one token at a time only.
         step = 1 if self.source is None and self._placed else len(tokens)
         for first in range(0, len(tokens), step):
@@ -285,10 +316,6 @@ class RunningPrompt:
             output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments)
         self._placed += len(token_ids)
         self.logits = output.logits[0, -1]
-
-    def _take_pending(self) -> list[int]:
-        pending, self._pending = self._pending, []
-        return pending
 
 
 @cache

@@ -12,14 +12,17 @@ class Usage:
     """Work counted while one prompt ran.
 
     `tokens_reused` came from the store and were not computed; `tokens_computed` went through the model before the
-    first token of the answer (missing blocks and global blocks). `blocks_damaged` are stored copies that failed
-    verification; they are among `blocks_computed`.
+    first token of the answer (missing blocks and global blocks). `blocks_kept` and `tokens_kept`, among those reused,
+    were still in place from an earlier prompt that opened with the same blocks: neither read nor composed.
+    `blocks_damaged` are stored copies that failed verification; they are among `blocks_computed`.
     """
 
     blocks_reused: int = 0
     blocks_computed: int = 0
+    blocks_kept: int = 0
     blocks_damaged: int = 0
     tokens_reused: int = 0
+    tokens_kept: int = 0
     tokens_computed: int = 0
     new_tokens: int = 0
 
@@ -34,9 +37,12 @@ class GenerationTimings:
     """Wall-clock seconds of one prompt.
 
     `load_s` is reading stored blocks, `check_s` verifying them, `compose_s` placing and rotating them (each a share of
-    the time that passed, where several threads do all three at once), `block_prefill_s`
-    computing and storing missing ones, `query_prefill_s` the forward of the global blocks. `ttft_s` runs from the
-    request to the first token and is more than their sum; `decode_s` is everything after it.
+    the time that passed, where several threads do all three at once), `block_prefill_s` computing and storing missing
+    ones, `query_prefill_s` the forward of the global blocks. `ttft_s` runs from the request to the first token and is
+    more than their sum; `decode_s` is everything after it.
+
+    In a batch every prompt has its own: `ttft_s` begins when its turn to be composed comes, after the missing blocks of
+    all prompts were computed, and ends with its own first token; `decode_s` contains the steps of the others.
     """
 
     load_s: float = 0.0

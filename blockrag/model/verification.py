@@ -14,9 +14,10 @@ import torch
 
 from blockrag.compose import Composition
 from blockrag.errors import UnsupportedModelError
-from blockrag.model.cache import BufferPool, PromptCache
+from blockrag.model.cache import PromptCache
 from blockrag.model.folded import FOLDED_ATTENTION
 from blockrag.model.oracle import oracle_logits
+from blockrag.model.pool import BufferPool
 from blockrag.model.prefill import prefill_blocks
 from blockrag.model.profile import ModelProfile, probe_regimes, short_window, structure_of
 
