@@ -82,12 +82,9 @@ def _load() -> ctypes.CDLL:
     if platform.system() not in ("Linux", "Darwin"):
         raise _UnavailableError(f"they are not built on {platform.system() or 'an unknown system'}")
     directory = _cache_directory()
-    compiler = _compiler()
-    openmp = _openmp()
-    flags = (*_FLAGS, *(("-fopenmp",) if openmp else ()))
-    sources = sorted(_SOURCES.glob("*.c"))
-    key = _key(compiler, flags, openmp, sources)
-    path = _cached(directory, key) or _build(directory, key, compiler, flags, openmp, sources)
+    tools = _tools()
+    key = tools.key()
+    path = _cached(directory, key) or _build(directory, key, tools)
     return ctypes.CDLL(str(path))
 
 
@@ -113,6 +110,39 @@ def _refuse_foreign(path: Path) -> None:
         raise _UnavailableError(f"others may write to {path}; run: chmod go-w {shlex.quote(str(path))}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """What the library is built with.
+
+    Args:
+        compiler: Its command.
+        target: What the compiler predefines: its version, and each feature of this processor that it will use.
+        openmp: The runtime to link; None for kernels on one thread.
+    """
+
+    compiler: tuple[str, ...]
+    target: str
+    openmp: Path | None
+
+    @property
+    def compile(self) -> tuple[str, ...]:
+        return (*self.compiler, *_FLAGS, *(("-fopenmp",) if self.openmp else ()))
+
+    def key(self) -> str:
+        """Equal keys: the same code from the same compiler for the same processor, linked to the same runtime."""
+        digest = hashlib.sha256(repr((self.compile, self.target, str(self.openmp))).encode())
+        for source in sorted(_SOURCES.glob("*.[ch]")):
+            digest.update(source.name.encode() + b"\0" + source.read_bytes())
+        return digest.hexdigest()[:24]
+
+
+def _tools() -> _Tools:
+    compiler = _compiler()
+    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull], cwd=_SOURCES)
+    # Clang's parallel regions call a runtime of its own, not the one that torch brings.
+    return _Tools(compiler, target, None if "__clang__" in target else _openmp())
+
+
 def _compiler() -> tuple[str, ...]:
     chosen = shlex.split(os.environ.get("CC", ""))
     for command in [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]:
@@ -123,7 +153,7 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _openmp() -> Path | None:
-    """The OpenMP runtime that torch loaded, so that the kernels run on torch's threads; None for one thread.
+    """The OpenMP runtime that torch loaded, so that the kernels run on torch's threads.
 
     A second runtime would bring threads of its own, spinning on the cores that torch's are spinning on.
     """
@@ -134,16 +164,6 @@ def _openmp() -> Path | None:
         for path in sorted(directory.glob("libgomp*.so*")):
             return path
     return None
-
-
-def _key(compiler: tuple[str, ...], flags: tuple[str, ...], openmp: Path | None, sources: list[Path]) -> str:
-    """Equal keys: the same code from the same compiler for the same processor, linked to the same runtime."""
-    # What the compiler predefines names its version and each feature of the processor that it will use.
-    target = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], cwd=_SOURCES)
-    digest = hashlib.sha256(repr((compiler, flags, str(openmp), target)).encode())
-    for source in sources:
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:24]
 
 
 def _cached(directory: Path, key: str) -> Path | None:
@@ -160,24 +180,18 @@ def _name(key: str, content: bytes) -> str:
     return f"kernels-{key}-{hashlib.sha256(content).hexdigest()[:24]}.so"
 
 
-def _build(
-    directory: Path,
-    key: str,
-    compiler: tuple[str, ...],
-    flags: tuple[str, ...],
-    openmp: Path | None,
-    sources: list[Path],
-) -> Path:
+def _build(directory: Path, key: str, tools: _Tools) -> Path:
     """Compile and link beside the final place, then rename: other processes may be building the same."""
+    sources = sorted(_SOURCES.glob("*.c"))
     with tempfile.TemporaryDirectory(dir=directory, prefix="building-") as work:
-        _run([*compiler, *flags, "-c", *map(str, sources)], cwd=Path(work))
+        _run([*tools.compile, "-c", *map(str, sources)], cwd=Path(work))
         # Linked by its file, because -fopenmp would link the compiler's own runtime.
+        runtime = [str(tools.openmp)] if tools.openmp else []
         objects = [f"{source.stem}.o" for source in sources]
-        _run([*compiler, "-shared", *objects, *([str(openmp)] if openmp else []), "-o", "built.so"], cwd=Path(work))
+        _run([*tools.compiler, "-shared", *objects, *runtime, "-o", "built.so"], cwd=Path(work))
         built = Path(work) / "built.so"
         built.chmod(0o700)
-        path = directory / _name(key, built.read_bytes())
-        return built.rename(path)
+        return built.rename(directory / _name(key, built.read_bytes()))
 
 
 def _run(command: list[str], *, cwd: Path) -> str:
