@@ -167,7 +167,7 @@ def test_the_answer_never_shows_a_flipped_bit(where: float, bit: int) -> None:
     from conftest import _shared_model
 
     store = MemoryStore()
-    model = BlockModel(_shared_model("llama"), plain_tokenizer(), store=store, facts=FINE_TUNED)
+    model = BlockModel(_shared_model("llama"), plain_tokenizer(), store=store, facts=FINE_TUNED, kept_bytes=0)
     prompt = prompt_of((5, 6), QUERY)
     expected = model.generate(prompt, OPTIONS)
     data = bytearray(store.get(model.block_key(prompt.blocks[0].token_ids)) or b"")

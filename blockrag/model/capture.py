@@ -56,6 +56,12 @@ class CaptureLayer(DynamicLayer):  # type: ignore[misc]
                 raise _AllCaptured
         return key_states, value_states
 
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (batch, heads, tokens, head_dim), which the layer then holds no longer."""
+        keys, values = self.keys, self.values
+        del self.keys, self.values
+        return keys, values
+
 
 @torch.no_grad()
 def capture(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from blockrag import codec
 from blockrag.errors import InputError, StoreError
-from blockrag.model.prefill import prefill_blocks
+from blockrag.model.overlap import overlapped
+from blockrag.model.prefill import plan_batches, prefill_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
     from blockrag.kv import BlockKV
     from blockrag.model.profile import ModelProfile, Regime
     from blockrag.prompt import Block
+    from blockrag.quantize import StoredKV
     from blockrag.stores.protocol import BlockStore
 
 __all__ = ["BlockWriter", "MaterializeReport"]
 
 logger = logging.getLogger(__name__)
+
+# TUNE
+_WRITERS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ class BlockWriter:
         store: BlockStore,
         *,
         must_store: bool = False,
-    ) -> Iterator[tuple[str, BlockKV, int]]:
+    ) -> Iterator[tuple[str, StoredKV, int]]:
         """Prefill, encode, store.
 
         Args:
@@ -86,24 +91,9 @@ class BlockWriter:
         Yields:
             A key, the KV states as they read back, and the bytes at rest; in the order of the batches.
         """
-        ids = [token_ids for _, token_ids in missing]
-        computed = prefill_blocks(self.model, self.profile, regime, ids, batch_tokens=self.batch_tokens)
-        while True:
-            with self.lock:
-                result = next(computed, None)
-            if result is None:
-                return
-            key, kv = missing[result[0]][0], result[1]
-            data = self._encode(key, kv)
-            try:
-                store.put(key, data)
-            except StoreError as error:
-                if must_store:
-                    raise
-                # The answer does not need the store: it only loses the reuse.
-                logger.warning("block %s... was computed but not stored: %s", key[:12], error)
-            read_back = codec.decode(data, key=key, fingerprint=self.fingerprint, layout=self.profile.layout)
-            yield key, read_back, len(data)
+        for key, data in self._stored(missing, regime, store, must_store=must_store):
+            kv = codec.decode(data, key=key, fingerprint=self.fingerprint, layout=self.profile.layout)
+            yield key, kv, len(data)
 
     def materialize(
         self,
@@ -124,10 +114,10 @@ class BlockWriter:
                 on_block(block, True, 0)
         missing = [(key, block.token_ids) for key, block in by_key.items() if key not in stored]
         bytes_new = 0
-        for key, _, nbytes in self.compute(missing, regime, store, must_store=must_store):
-            bytes_new += nbytes
+        for key, data in self._stored(missing, regime, store, must_store=must_store):
+            bytes_new += len(data)
             if on_block is not None:
-                on_block(by_key[key], False, nbytes)
+                on_block(by_key[key], False, len(data))
         tokens_new = sum(len(ids) for _, ids in missing)
         return MaterializeReport(
             blocks_new=len(missing),
@@ -136,6 +126,33 @@ class BlockWriter:
             tokens_reused=sum(len(by_key[key].token_ids) for key in stored),
             bytes_new=bytes_new,
         )
+
+    def _stored(
+        self, missing: Sequence[tuple[str, Sequence[int]]], regime: Regime, store: BlockStore, *, must_store: bool
+    ) -> Iterator[tuple[str, bytearray]]:
+        """Keys and encoded blocks, each once the store has it; blocks are written while the next are computed."""
+        batches = plan_batches([len(token_ids) for _, token_ids in missing], self.batch_tokens)
+
+        def finish(computed: tuple[str, BlockKV]) -> tuple[str, bytearray]:
+            key, kv = computed
+            data = self._encode(key, kv)
+            try:
+                store.put(key, data)
+            except StoreError as error:
+                if must_store:
+                    raise
+                # The answer does not need the store: it only loses the reuse.
+                logger.warning("block %s... was computed but not stored: %s", key[:12], error)
+            return key, data
+
+        prefilled = (self._prefill([missing[index] for index in batch], regime) for batch in batches)
+        # With nothing to compute meanwhile, a thread is only a detour.
+        yield from overlapped(prefilled, finish, threads=_WRITERS if len(batches) > 1 else 0)
+
+    def _prefill(self, batch: Sequence[tuple[str, Sequence[int]]], regime: Regime) -> list[tuple[str, BlockKV]]:
+        with self.lock:
+            computed = prefill_batch(self.model, self.profile, regime, [token_ids for _, token_ids in batch])
+        return [(key, kv) for (key, _), kv in zip(batch, computed, strict=True)]
 
     def _encode(self, key: str, kv: BlockKV) -> bytearray:
         try:
