@@ -189,20 +189,27 @@ class BlockRAG:
         model = self.model if self.model.profile is not None else None
         if model is not None and (prefix := model.template.prefix_block(model.tokenizer)) is not None:
             model.materialize([prefix], self.store)
-        return ingest(
-            sources,
-            index=self.index,
-            model=model,
-            store=self.store,
-            max_passage_tokens=max_passage_tokens,
-            prune=prune,
-            progress=progress,
-            tokenizer=self.model.tokenizer,
-        )
+        try:
+            return ingest(
+                sources,
+                index=self.index,
+                model=model,
+                store=self.store,
+                max_passage_tokens=max_passage_tokens,
+                prune=prune,
+                progress=progress,
+                tokenizer=self.model.tokenizer,
+            )
+        finally:
+            # Documents that changed or are gone must not stay in memory either.
+            self.model.forget_kept()
 
     def delete(self, document_id: str) -> Change:
-        """Remove a document, its passages, and the blocks no other passage uses."""
-        return delete(document_id, index=self.index, store=self.store)
+        """Remove a document, its passages, and the blocks no other passage uses; finished prompts are forgotten."""
+        try:
+            return delete(document_id, index=self.index, store=self.store)
+        finally:
+            self.model.forget_kept()
 
     def search(self, question: str, k: int | None = None, *, where: Mapping[str, object] | None = None) -> list[Hit]:
         """The passages that match a question best, best first; `k=0` finds none."""

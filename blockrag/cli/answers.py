@@ -50,8 +50,9 @@ def usage_line(answer: Answer) -> str:
     """Reuse and time in one line."""
     usage = answer.usage
     damaged = f" ({usage.blocks_damaged} were damaged)" if usage.blocks_damaged else ""
+    kept = f" ({usage.tokens_kept:,} kept composed)" if usage.tokens_kept else ""
     return (
-        f"{usage.tokens_reused:,} tokens reused in {usage.blocks_reused} blocks, "
+        f"{usage.tokens_reused:,} tokens reused in {usage.blocks_reused} blocks{kept}, "
         f"{usage.tokens_computed:,} computed{damaged}; {usage.new_tokens} new\n"
         f"first token after {milliseconds(answer.timings.ttft_s)} ms: {_split(answer.timings)}"
     )

@@ -47,16 +47,33 @@ __all__ = ["RunningPrompt"]
 _SLACK_TOKENS = 64
 
 
+class _SameStore:
+    """A store as part of a key: equal to itself alone. Who asks another store expects what only that one does."""
+
+    __slots__ = ("_store",)
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameStore) and other._store is self._store
+
+    def __hash__(self) -> int:
+        return id(self._store)
+
+
 @dataclass(frozen=True, slots=True)
 class _Opening:
     """The run of local blocks a prompt opens with.
 
     Args:
-        key: The keys of its blocks, in order.
+        store: Where they came from.
+        keys: The keys of its blocks, in order.
         num_tokens: Its tokens.
     """
 
-    key: tuple[str, ...]
+    store: _SameStore
+    keys: tuple[str, ...]
     num_tokens: int
 
 
@@ -180,7 +197,7 @@ class RunningPrompt:
             if self._opening is None:
                 self.cache.release()
             else:
-                self.cache.release(key=self._opening.key, tokens=self._opening.num_tokens)
+                self.cache.release(key=self._opening, tokens=self._opening.num_tokens)
         self.cache = self.logits = None
 
     def _forget(self, count: int) -> None:
@@ -222,7 +239,7 @@ class RunningPrompt:
         opening = self._opening_of(leading)
         if opening is not None:
             free = num_tokens - opening.num_tokens + room
-            self.cache = PromptCache.reopened(self.pool, opening.key, free=free)
+            self.cache = PromptCache.reopened(self.pool, opening, free=free)
             room = room + _SLACK_TOKENS if limit is None else min(room + _SLACK_TOKENS, limit)
         if self.cache is None:
             self.cache = self._new_cache(sum(len(block.token_ids) for block in leading), num_tokens + room)
@@ -231,7 +248,7 @@ class RunningPrompt:
         elif opening is not None:
             self.token_ids.extend(token for block in leading for token in block.token_ids)
             self._placed = opening.num_tokens
-            self.usage.blocks_reused = self.usage.blocks_kept = len(opening.key)
+            self.usage.blocks_reused = self.usage.blocks_kept = len(opening.keys)
             self.usage.tokens_reused = self.usage.tokens_kept = opening.num_tokens
         self._opening = opening
 
@@ -239,8 +256,9 @@ class RunningPrompt:
         source, regime = self.source, self._regime
         if source is None or regime is None or not self.pool.max_kept_bytes:
             return None
-        key = tuple(source.key(block.token_ids, regime) for block in leading if block.token_ids)
-        return _Opening(key, sum(len(block.token_ids) for block in leading)) if key else None
+        keys = tuple(source.key(block.token_ids, regime) for block in leading if block.token_ids)
+        num_tokens = sum(len(block.token_ids) for block in leading)
+        return _Opening(_SameStore(self.store), keys, num_tokens) if keys else None
 
     def _new_cache(self, skipped: int, capacity: int) -> Cache:
         if self.source is None:
