@@ -15,7 +15,7 @@ Source: https://huggingface.co/docs/transformers/kv_cache
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._key_room, self._value_room = keys, values
         # Whether the room is still the one it began with.
         self.in_place = True
+        self._deferred: list[Callable[[], None]] = []
         self._set_length(0)
 
     def _set_length(self, length: int) -> None:
@@ -69,11 +70,22 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys = self._key_room[:, :, :length]
         self.values = self._value_room[:, :, :length]
 
+    def defer(self, write: Callable[[], None]) -> None:
+        """Have tokens that were appended written by `write`, called before their content is first used."""
+        self._deferred.append(write)
+
+    def settle(self) -> None:
+        """Write what was deferred."""
+        deferred, self._deferred = self._deferred, []
+        for write in deferred:
+            write()
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more; moves to a larger buffer of its own when the pooled one is full."""
         needed = self._length + tokens
         if needed <= self._key_room.shape[2]:
             return
+        self.settle()
         capacity = needed + needed // 4 + 64
         self.in_place = False
         for name in ("_key_room", "_value_room"):
@@ -95,6 +107,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append states (batch, heads, tokens, head_dim); returns all keys and values the tokens may attend to."""
+        self.settle()
         keys, values = self.extend(key_states.shape[-2])
         keys.copy_(key_states)
         values.copy_(value_states)
@@ -121,6 +134,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             rows: Indices into the batch, ascending.
             tokens: No more than there are.
         """
+        self.settle()
         first = self._length - tokens
         for name in ("_key_room", "_value_room"):
             room = getattr(self, name)
@@ -142,6 +156,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all tokens; the room stays."""
+        self._deferred.clear()
         self._set_length(0)
 
     def _adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -152,14 +167,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the batch for beam search."""
+        self.settle()
         self._adopt(self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence of the batch."""
+        self.settle()
         self._adopt(self.keys.repeat_interleave(repeats, dim=0), self.values.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences of the batch."""
+        self.settle()
         self._adopt(self.keys[indices, ...], self.values[indices, ...])
 
 
@@ -187,9 +205,18 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         self.values = self._rows.values[:, :, held - visible :]
         self.cumulative_length = self._skipped + held
 
+    def defer(self, write: Callable[[], None]) -> None:
+        """See `GrowingLayer.defer`."""
+        self._rows.defer(write)
+
+    def settle(self) -> None:
+        """Write what was deferred."""
+        self._rows.settle()
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more, dropping first what no window reaches any more."""
         if self._rows.get_seq_length() + tokens > self._rows._key_room.shape[2]:
+            self.settle()
             keep = min(self.sliding_window - 1, self._rows.get_seq_length())
             self._skipped += self._rows.get_seq_length() - keep
             if keep:
@@ -214,6 +241,7 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append states; returns the keys and values within the window of the first appended token."""
+        self.settle()
         keys, values = self.extend(key_states.shape[-2])
         keys.copy_(key_states)
         values.copy_(value_states)
@@ -299,6 +327,8 @@ class PromptCache(Cache):  # type: ignore[misc]
     """
 
     kv_layers: tuple[GrowingLayer | GrowingSlidingLayer, ...]
+    # Whether a forward goes through these very layers, so that they may be written when it gets there.
+    may_defer = True
 
     def __init__(
         self,
@@ -364,6 +394,8 @@ class PromptCache(Cache):  # type: ignore[misc]
 
     def _rewind(self, tokens: int) -> bool:
         """Forget all but the first tokens, where that is possible; after an error the layers differ in length."""
+        for layer in self.kv_layers:
+            layer.settle()
         surplus = [int(layer.get_seq_length()) - tokens for layer in self.kv_layers]
         for layer, count in zip(self.kv_layers, surplus, strict=True):
             if not layer.in_place or not 0 <= count <= layer.forgettable:
@@ -375,6 +407,8 @@ class PromptCache(Cache):  # type: ignore[misc]
 
 class _Row(PromptCache):
     """A prompt's cache in one row of a batch's buffer, which stays the batch's."""
+
+    may_defer = False
 
     def __init__(self, structure: LayerStructure, rooms: Sequence[_Room]) -> None:
         self._buffer = None
