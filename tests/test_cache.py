@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from blockrag.kv import KVLayout, LayerShape
 from blockrag.model.block_model import BlockModel
 from blockrag.model.cache import GrowingLayer, GrowingSlidingLayer, LayerStructure, PromptCache
-from blockrag.model.pool import BufferPool
+from blockrag.model.pool import BufferPool, memory_share
 from blockrag.prompt import Block
 
 Make = Callable[..., BlockModel]
@@ -307,6 +309,92 @@ def test_the_cap_bounds_what_is_kept() -> None:
     nothing = BufferPool(max_bytes=0)
     nothing.release(nothing.acquire(10, CPU))
     assert nothing.free_bytes == 0
+
+
+REQUESTS = st.lists(st.tuples(st.integers(1, 2000), st.booleans(), st.integers(0, 5)), max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests=REQUESTS, max_bytes=st.integers(0, 5000), kept_bytes=st.none() | st.integers(0, 5000))
+def test_whatever_is_asked_for_both_caps_hold(
+    requests: list[tuple[int, bool, int]], max_bytes: int, kept_bytes: int | None
+) -> None:
+    """Sizes of all kinds, several prompts at a time, kept or not: never more than the caps, never one buffer twice."""
+    pool = BufferPool(max_bytes, kept_bytes)
+    most_kept = max_bytes if kept_bytes is None else min(kept_bytes, max_bytes)
+    running: list[torch.Tensor] = []
+    for nbytes, ends, key in requests:
+        found = pool.take(key, lambda content: True)
+        if found is not None:
+            assert found[1] == key
+        running.append(pool.acquire(nbytes, CPU) if found is None else found[0])
+        assert len({buffer.data_ptr() for buffer in running}) == len(running)
+        if ends:
+            buffer = running.pop(0)
+            pool.release(buffer, key=key or None, content=key)
+        stats = pool.stats()
+        assert stats.kept_bytes + stats.spare_bytes == pool.free_bytes <= max_bytes
+        assert stats.kept_bytes <= most_kept
+
+
+def test_a_kept_prompt_gives_way_only_when_it_must() -> None:
+    """Room for three: a fourth takes the oldest one's memory; until then new memory is taken and all stay."""
+    pool = BufferPool(max_bytes=3000)
+    first = pool.acquire(1000, CPU)
+    place = first.data_ptr()
+    pool.release(first, key="a", content=1)
+    for key in "bc":
+        buffer = pool.acquire(1000, CPU)
+        assert buffer.data_ptr() != place
+        pool.release(buffer, key=key, content=2)
+    assert pool.stats().kept_prompts == 3
+    fourth = pool.acquire(1000, CPU)
+    assert fourth.data_ptr() == place
+    assert pool.take("a", lambda content: True) is None
+    pool.release(fourth, key="d", content=3)
+    assert [pool.take(key, lambda content: True) is not None for key in "bcd"] == [True] * 3
+
+
+def test_buffers_in_reserve_go_before_kept_prompts() -> None:
+    pool = BufferPool(max_bytes=2500)
+    kept, spare, third = (pool.acquire(1000, CPU) for _ in range(3))
+    pool.release(kept, key="a")
+    pool.release(spare)
+    pool.release(third, key="b")
+    stats = pool.stats()
+    assert (stats.kept_prompts, stats.spare_bytes, stats.max_bytes) == (2, 0, 2500)
+
+
+def test_what_does_not_fit_stays() -> None:
+    pool = BufferPool()
+    pool.release(pool.acquire(1000, CPU), key="a", content="small")
+    assert pool.take("a", lambda content: content == "large") is None
+    found = pool.take("a", lambda content: content == "small")
+    assert found is not None
+    assert pool.take("a", lambda content: True) is None, "for one user"
+    assert (pool.stats().hits, pool.stats().misses) == (1, 2)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4 << 20, (6 << 20) + 13])
+def test_large_buffers_are_memory_like_any_other(nbytes: int) -> None:
+    """From 4 MiB on they are mapped in large pages, where there are any."""
+    buffer = BufferPool().acquire(nbytes, CPU)
+    assert (buffer.numel(), buffer.dtype, buffer.is_contiguous()) == (nbytes, torch.uint8, True)
+    assert buffer.data_ptr() % 64 == 0
+    buffer.fill_(7)
+    view = buffer[nbytes // 2 :]
+    del buffer
+    assert bool((view == 7).all()), "alive as long as a view of it"
+
+
+def test_the_share_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("blockrag.model.pool._CGROUP_LIMIT", limit)
+    assert memory_share(CPU) == min(4 << 30, physical // 8)
+    for text, expected in (("max", physical), (f"{2 << 30}", 2 << 30), (f"{1 << 62}", physical)):
+        limit.write_text(f"{text}\n")
+        assert memory_share(CPU) == min(4 << 30, expected // 8)
 
 
 def test_a_buffer_of_another_device_is_not_handed_out() -> None:

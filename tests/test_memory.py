@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from blockrag.model.running import _SLACK_TOKENS
+
 BLOCKS = 40
 BLOCK_TOKENS = 50
 QUERY, ROOM = 4, 8
@@ -24,7 +26,7 @@ SHAPE = {
     "head_dim": 64,
     "max_position_embeddings": 8192,
 }
-CACHE_BYTES = 8 * 2 * 16 * 64 * 4 * (BLOCKS * BLOCK_TOKENS + QUERY + ROOM)
+CACHE_BYTES = 8 * 2 * 16 * 64 * 4 * (BLOCKS * BLOCK_TOKENS + QUERY + ROOM + _SLACK_TOKENS)
 KINDS = ("disk", "memory")
 PRECISIONS = ("float16", "float32")
 
