@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import prompt_of
+from test_exactness import LENGTHS, Make, assert_exact, oracle_greedy, prompt_of
 from tiny_models import ModelCase, tiny_model
 from tiny_tokenizers import plain_tokenizer
-from transformers import AttentionInterface
+from transformers import AttentionInterface, StaticCache
+from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 from blockrag.errors import UnsupportedModelError
+from blockrag.kernels import build
+from blockrag.kernels.build import library, why_not
 from blockrag.model.block_model import BlockModel
 from blockrag.model.facts import BlockAttentionFacts
-from blockrag.model.folded import FOLDED_ATTENTION, folded_attention
+from blockrag.model.folded import FOLDED_ATTENTION, folded_attention, folded_mask
+from blockrag.model.sampling import GenerationOptions
 
 MODULE = torch.nn.Identity()
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With the compiled kernels, and without."""
+    monkeypatch.setenv("BLOCKRAG_CPU_KERNELS", "auto" if request.param == "compiled" else "off")
+    build._outcome.cache_clear()
+    if request.param == "compiled" and library() is None:
+        pytest.skip(f"no compiled kernels here: {why_not()}")
+    yield request.param
+    build._outcome.cache_clear()
 
 
 def reference(
@@ -91,14 +107,25 @@ def test_masked_attention_is_the_reference(
     torch.testing.assert_close(out.double(), reference(query, key, value, mask, scaling), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("queries", [1, 5])
-def test_without_a_mask_it_is_causal(heads: tuple[int, int], queries: int) -> None:
-    """One query sees everything in the cache; several without a mask are a whole prompt."""
-    query, key, value = tensors(*heads, queries, 9 if queries == 1 else queries)
+@pytest.mark.parametrize(("queries", "tokens"), [(1, 9), (5, 5), (5, 9), (40, 70)])
+def test_without_a_mask_it_is_causal(heads: tuple[int, int], queries: int, tokens: int) -> None:
+    """The last query sees everything in the cache."""
+    query, key, value = tensors(*heads, queries, tokens)
     out, _ = folded_attention(MODULE, query, key, value, None)
-    causal = torch.ones(queries, key.shape[2]).tril(key.shape[2] - queries).bool()[None, None]
+    causal = torch.ones(queries, tokens).tril(tokens - queries).bool()[None, None]
     torch.testing.assert_close(out.double(), reference(query, key, value, causal, None), atol=1e-5, rtol=0)
+
+
+def test_gradients_flow(kernels: str) -> None:
+    """Training never meets the compiled kernel, which has no backward."""
+    query, key, value = (t.requires_grad_() for t in tensors(4, 2, 5, 9))
+    out, _ = folded_attention(MODULE, query, key, value, None)
+    out.sum().backward()
+    assert query.grad is not None
+    assert key.grad is not None
+    assert key.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -127,6 +154,80 @@ def test_what_it_does_not_compute_is_refused(name: str) -> None:
         folded_attention(MODULE, query, key, value, None, **{name: 1.0})
     out, _ = folded_attention(MODULE, query, key, value, None, **{name: None}, sliding_window=4)
     assert out.shape == (1, 2, 4, 8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    queries=st.integers(1, 9),
+    before=st.integers(0, 9),
+    dropped=st.integers(0, 3),
+    window=st.sampled_from([None, 1, 4, 12, 40]),
+    padding=st.sampled_from(["none", "ones", "left", "long"]),
+    skip=st.booleans(),
+)
+def test_the_mask_is_transformers_mask(
+    batch: int, queries: int, before: int, dropped: int, window: int | None, padding: str, skip: bool
+) -> None:
+    """The same mask, or none where the mask is that of causal attention over all tokens."""
+    dropped = min(dropped, before)
+    tokens = before + queries - dropped
+    arguments: dict[str, Any] = {
+        "batch_size": batch,
+        "q_length": queries,
+        "kv_length": tokens,
+        "q_offset": before,
+        "kv_offset": dropped,
+        "allow_is_causal_skip": skip,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+    }
+    if window is not None:
+        arguments |= {"local_size": window, "mask_function": sliding_window_causal_mask_function(window)}
+    if padding != "none":
+        arguments["attention_mask"] = torch.ones(batch, before + queries + (padding == "long"), dtype=torch.bool)
+        arguments["attention_mask"][0, 0] = padding != "left"
+    expected = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+    actual = folded_mask(**arguments)
+    if actual is None:
+        actual = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries).expand_as(expected)
+        assert skip
+    assert torch.equal(actual, expected)
+
+
+def test_a_plain_mask_is_not_made_for_the_compiled_kernel(kernels: str) -> None:
+    arguments: dict[str, Any] = {"batch_size": 1, "q_length": 5, "kv_length": 9, "q_offset": 4, "kv_offset": 0}
+    mask = folded_mask(**arguments, dtype=torch.float32)
+    assert (mask is None) == (kernels == "compiled")
+    assert folded_mask(**arguments, dtype=torch.bfloat16) is not None
+    other = folded_mask(**arguments, dtype=torch.float32, mask_function=lambda b, h, q, k: q >= k)
+    assert other is not None, "a mask that it does not know is made"
+
+
+def test_a_static_cache_sees_only_what_is_there(kernels: str) -> None:
+    """Its keys are as long as the cache will ever be, and transformers would leave the mask out."""
+    model = tiny_model(ModelCase("llama", "llama"))
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = model(ids).logits
+        model.set_attn_implementation(FOLDED_ATTENTION)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        actual = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("case", ["llama", "qwen3", "mistral", "gemma3", "deepseek-v3"])
+def test_composed_is_exact_with_and_without_compiled_kernels(case: str, make_model: Make) -> None:
+    """Grouped queries, windows, two kinds of layers, latent attention; blocks longer than a tile of tokens."""
+    model = make_model(case)
+    assert model.profile is not None
+    assert model.profile.attention == FOLDED_ATTENTION
+    for prompt in (prompt_of(LENGTHS, 6), prompt_of((70, 3, 100), 30), prompt_of((130,), 1)):
+        assert_exact(model, prompt)
+    options = GenerationOptions(max_new_tokens=6, ignore_eos=True)
+    assert list(model.generate(prompt, options).token_ids) == oracle_greedy(model, prompt, 6)
 
 
 def test_it_is_registered_with_transformers() -> None:

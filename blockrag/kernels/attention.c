@@ -15,8 +15,10 @@
 #include "vectors.h"
 
 #ifdef _OPENMP
+enum { PARALLEL = 1 };
 int omp_get_thread_num(void); /* omp.h may be missing where the runtime is torch's */
 #else
+enum { PARALLEL = 0 };
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
@@ -460,14 +462,8 @@ static void merge(const struct attention *a, const struct plan *plan, int64_t in
     }
 }
 
-/* Whether the kernels use more than one thread. */
-int blockrag_parallel(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
+/* Whether this build can beat torch's kernels: vectors of four were measured to lose, and so does one thread to many. */
+int blockrag_attention_pays(int32_t threads) { return LANES >= 8 && (PARALLEL || threads == 1); }
 
 /* Floats of scratch that the attention needs. */
 int64_t blockrag_attention_scratch(const struct attention *a) {

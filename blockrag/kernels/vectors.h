@@ -18,8 +18,6 @@
 enum { LANES = 16, ROWS = 8 };
 #elif defined(__AVX__)
 enum { LANES = 8, ROWS = 4 };
-#elif defined(__aarch64__)
-enum { LANES = 4, ROWS = 8 };
 #else
 enum { LANES = 4, ROWS = 4 };
 #endif
