@@ -23,19 +23,17 @@ import triton
 import triton.language as tl
 
 from blockrag.errors import InputError
-from blockrag.kv import BlockKV
 from blockrag.rope import angle_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from blockrag.kernels.at_rest import PlacedBlock
     from blockrag.kernels.device import Link
     from blockrag.kernels.place import Rows
-    from blockrag.kv import KVLayout
-    from blockrag.quantize import StoredKV
     from blockrag.rope import RopeSpec
 
-__all__ = ["AtRest", "PlacedBlock", "TritonPlacement", "payload_of"]
+__all__ = ["TritonPlacement"]
 
 # Tokens a program places: enough to keep its threads busy, few enough that short blocks waste little. A tile of a
 # quantised block's keys must not span two groups of tokens.
@@ -206,62 +204,6 @@ def _place(
             x = _read(elements, scales, head, tokens, token, first, channel, wanted, BITS, DIM, KEYS, GROUP)
             to = rows + head * head_stride + row[:, None]
             tl.store(to + channel[None, :], x.to(cache.dtype.element_ty), mask=wanted)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AtRest:
-    """How a block lies in its payload.
-
-    Args:
-        num_tokens: Its tokens.
-        precision: The name of its dtype, or of its quantisation.
-        sections: Bytes from the payload's start, shape (2 * layers, 2): for keys and values of each layer in turn, the
-            elements and the scales (0 where there are none).
-        borders: Where each layer begins, in bytes, and the last one ends.
-    """
-
-    num_tokens: int
-    precision: str
-    sections: NDArray[np.int64]
-    borders: tuple[int, ...]
-
-    @classmethod
-    def of(cls, kv: StoredKV) -> AtRest:
-        """How `kv` lies."""
-        if isinstance(kv, BlockKV):
-            return _floats_at_rest(kv.layout, kv.num_tokens, kv.data.dtype)
-        raise NotImplementedError
-
-
-def payload_of(kv: StoredKV) -> torch.Tensor:
-    """The block's bytes, one-dimensional uint8, where they lie."""
-    return kv.data.view(torch.uint8) if isinstance(kv, BlockKV) else kv.payload
-
-
-@lru_cache(maxsize=1024)
-def _floats_at_rest(layout: KVLayout, num_tokens: int, dtype: torch.dtype) -> AtRest:
-    size = num_tokens * dtype.itemsize
-    layers = list(zip(layout.layers, layout.offsets, strict=True))
-    elements = [first for shape, offset in layers for first in (offset, offset + shape.key_size)]
-    sections = np.zeros((len(elements), 2), np.int64)
-    sections[:, 0] = np.array(elements, np.int64) * size
-    borders = (*(offset * size for offset in layout.offsets), layout.elements_per_token * size)
-    return AtRest(num_tokens, str(dtype).removeprefix("torch."), sections, borders)
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedBlock:
-    """A block on the device, and its place.
-
-    Args:
-        at_rest: How it lies in its payload.
-        address: Where the payload begins in the device's memory.
-        position: Absolute position of its first token.
-    """
-
-    at_rest: AtRest
-    address: int
-    position: int
 
 
 @dataclass(frozen=True, slots=True)

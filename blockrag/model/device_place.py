@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 import torch
 
+from blockrag.kernels.at_rest import AtRest, PlacedBlock, payload_of
 from blockrag.kernels.device import link_to
-from blockrag.kernels.triton_place import AtRest, PlacedBlock, TritonPlacement, payload_of
 
 if TYPE_CHECKING:
     from blockrag.kernels.device import Link, Mark
@@ -45,6 +46,7 @@ class _Arrival:
     at_rest: AtRest
     payload: torch.Tensor
     memory: torch.Tensor
+    positions: set[int] = field(default_factory=set)
 
     def part(self, layers: range) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and target of a range of layers."""
@@ -91,6 +93,9 @@ class DevicePlacement:
             link = link_to(rows[0].states.device) if pool is None else pool.link
         self._link, self._pool, self._end = link, pool, end
         self._num_layers = len(rows) // 2
+        # Not before it is needed: the library may be absent.
+        from blockrag.kernels.triton_place import TritonPlacement
+
         self._kernel = TritonPlacement(rows, end, link, slots)
         self._early = range(self._num_layers // 2)
         self._blocks: list[PlacedBlock] = []
@@ -105,6 +110,16 @@ class DevicePlacement:
         self._unwritten = self._num_layers
         self._lock = threading.Lock()
 
+    @classmethod
+    def of(cls, rows: Sequence[Rows], end: int, pool: DevicePool[AtRest] | None) -> DevicePlacement | None:
+        """The placement for rows on a CUDA device, or on any device with a pool; None where this is not the way."""
+        device = rows[0].states.device
+        if pool is not None and pool.link.device != device:
+            pool = None
+        if (pool is None and device.type != "cuda") or find_spec("triton") is None:
+            return None
+        return cls(rows, end, pool=pool)
+
     def place(
         self, kv: StoredKV, positions: Sequence[int], layers: range | None = None, key: str | None = None
     ) -> None:
@@ -112,7 +127,7 @@ class DevicePlacement:
 
         Args:
             kv: The block, in host memory or on the device. Pinned memory is read until the copies are over.
-            positions: Absolute positions of its first token, the same ones for all layers of a block.
+            positions: Absolute positions of its first token; each holds for all layers.
             layers: A contiguous range of layers; all of them by default.
             key: The block's key, under which it stays in the pool.
 
@@ -125,7 +140,9 @@ class DevicePlacement:
                     f"tokens {position} to {position + kv.num_tokens} do not fit a run that ends at {self._end}"
                 )
         with self._lock:
-            arrival = self._arrivals.get(kv) or self._expect(kv, positions, key)
+            arrival = self._arrivals.get(kv) or self._expect(kv, key)
+            self._add(arrival.at_rest, arrival.memory, [one for one in positions if one not in arrival.positions])
+            arrival.positions.update(positions)
         chosen = range(self._num_layers) if layers is None else layers
         if arrival.memory is arrival.payload:
             return
@@ -162,7 +179,7 @@ class DevicePlacement:
                 for layer in step.layers:
                     defer[layer](step.write)
 
-    def _expect(self, kv: StoredKV, positions: Sequence[int], key: str | None) -> _Arrival:
+    def _expect(self, kv: StoredKV, key: str | None) -> _Arrival:
         """Find memory for a block that comes for the first time."""
         at_rest, payload = AtRest.of(kv), payload_of(kv)
         if payload.device == self._link.device and self._link.device.type != "cpu":
@@ -177,7 +194,6 @@ class DevicePlacement:
         arrival = self._arrivals[kv] = _Arrival(at_rest, payload, memory)
         if memory is not payload and self._link.is_pinned(payload):
             self._pinned.append(arrival)
-        self._add(at_rest, memory, positions)
         return arrival
 
     def _add(self, at_rest: AtRest, memory: torch.Tensor, positions: Sequence[int]) -> None:
