@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["verified_profile"]
 
 _WINDOW = 8
-# Shorter than a window, longer than it, one token; then the query block, with rows enough for vectors of them and a rest.
+# Shorter than a window, longer than it, one token; then the query block: rows for vectors of them and a rest.
 _LENGTHS = (5, _WINDOW + 5, 1, 18)
 # Relative to the largest logit. A wrong rotation or mask measures 1e-2 and more, float32 rounding 1e-6.
 _TOLERANCE = {torch.float32: 5e-4, torch.float64: 5e-4}
