@@ -37,7 +37,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/ttft.py
+	$(BIN)/blockrag bench all
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

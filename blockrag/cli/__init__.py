@@ -8,6 +8,7 @@ r"""The `blockrag` command: every part of the library that is worth a command li
     asking.py     query, chat
     verifying.py  verify
     batch.py, generating.py   generate
+    benching.py   bench
     demo.py       demo
 
 Only this package imports typer. Heavy libraries are imported when a command needs them, so `--help` and mistakes in
@@ -22,6 +23,7 @@ import typer
 
 from blockrag import __version__
 from blockrag.cli.asking import chat, query
+from blockrag.cli.benching import bench
 from blockrag.cli.demo import demo
 from blockrag.cli.generating import generate
 from blockrag.cli.indexing import delete, ingest, stats
@@ -42,6 +44,7 @@ app = typer.Typer(
 )
 for _command in (demo, ingest, query, chat, stats, delete, verify, generate):
     app.command(epilog=EXIT_CODES, no_args_is_help=False)(_command)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
