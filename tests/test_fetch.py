@@ -182,14 +182,15 @@ def test_waiters_take_over_when_the_one_they_wait_for_fails(make_model: Make) ->
 
 def test_a_flight_is_boarded_once_and_lands_once() -> None:
     flights = InFlight()
-    mine, others = flights.board(["a", "b"])
-    assert (mine, others) == (["a", "b"], {})
-    mine, others = flights.board(["b", "c"])
-    assert mine == ["c"]
-    flights.land("b", None)
-    assert others["b"].wait() is None
-    flights.land("b", None)
-    assert flights.board(["b"])[0] == ["b"], "what has landed can be boarded again"
+    a, b, c = ((1, name) for name in "abc")
+    mine, others = flights.board([a, b])
+    assert (mine, others) == ([a, b], {})
+    mine, others = flights.board([b, c])
+    assert mine == [c]
+    flights.land(b, None)
+    assert others[b].wait() is None
+    flights.land(b, None)
+    assert flights.board([b])[0] == [b], "what has landed can be boarded again"
 
 
 @pytest.mark.parametrize("readers", [1, 2, 5])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from blockrag.model.answer import Chunk, Generation
 from blockrag.model.batch import BatchLimits, answer_together, group_prompts
 from blockrag.model.blocks import BlockSource
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
+from blockrag.model.guard import ForwardGuard
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
 from blockrag.model.materialize import MaterializeReport
 from blockrag.model.oracle import oracle_logits
@@ -125,7 +125,7 @@ class BlockModel:
         self.precision: Precision = _checked_precision(precision or _default_precision(model.dtype))
         self.namespace = namespace
         self._kept_bytes = _checked_bytes(kept_bytes)
-        self._lock = threading.RLock()
+        self._lock = ForwardGuard(model)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is not a causal language model of transformers 5: its forward takes no "
@@ -339,6 +339,7 @@ class BlockModel:
         The missing blocks of several prompts are computed together, once. Prompts of similar length then decode
         together, each with a sampler, a seed and stop strings of its own: its answer is the one it would get alone, up
         to the rounding of logits (1e-5 in float32). A model that cannot be composed answers them one after the other.
+        Prompts that decode together neither find passages composed by an earlier prompt nor leave any behind.
 
         Args:
             prompt: One prompt or a sequence of them, from `BlockModel.template`.
@@ -435,7 +436,7 @@ class BlockModel:
 
     def reference_logits(self, blocks: Sequence[Block]) -> torch.Tensor:
         """Logits (tokens, vocabulary) of one forward under the dense block mask: the oracle, for tests."""
-        with self._lock:
+        with self._lock.exclusive:
             return oracle_logits(
                 self.model,
                 structure_of(self.model),
@@ -467,8 +468,9 @@ class BlockModel:
         if profile is None:
             return [self.stream(prompt, options, attention=attention, store=store).finish() for prompt in prompts]
         groups = group_prompts(prompts, profile, options.max_new_tokens, dtype=self.model.dtype, limits=limits)
+        computed: set[tuple[str, tuple[int, ...]]] = set()
         if attention == "block":
-            self._materialize_together(prompts, self.store if store is None else store)
+            computed = self._materialize_together(prompts, self.store if store is None else store)
         generations: dict[int, Generation] = {}
         for group in groups:
             if len(group) == 1:
@@ -482,6 +484,12 @@ class BlockModel:
                     pool=self._pool,
                 )
             generations.update(zip(group, answered, strict=True))
+        for index, prompt in enumerate(prompts):
+            # Each block computed beforehand counts once, for the first prompt that has it.
+            regime = profile.regime_for(prompt.num_tokens).name
+            new = [block.token_ids for block in prompt.local_blocks if (regime, block.token_ids) in computed]
+            generations[index].usage.charge(len(new), sum(map(len, new)))
+            computed.difference_update((regime, ids) for ids in new)
         return [generations[index] for index in range(len(prompts))]
 
     def _new_pool(self) -> BufferPool:
@@ -489,14 +497,26 @@ class BlockModel:
         kept = share if self._kept_bytes is None else self._kept_bytes
         return BufferPool(max_bytes=max(share, kept), kept_bytes=kept)
 
-    def _materialize_together(self, prompts: Sequence[SegmentedPrompt], store: BlockStore) -> None:
+    def _materialize_together(
+        self, prompts: Sequence[SegmentedPrompt], store: BlockStore
+    ) -> set[tuple[str, tuple[int, ...]]]:
+        """Compute the blocks that are missing; returns the regime and the token ids of each."""
         profile = self._composable()
         by_regime: dict[str, list[Block]] = {}
         for prompt in prompts:
             by_regime.setdefault(profile.regime_for(prompt.num_tokens).name, []).extend(prompt.local_blocks)
+        computed: set[tuple[str, tuple[int, ...]]] = set()
         for regime in profile.regimes:
             if blocks := by_regime.get(regime.name):
-                self._source.materialize(blocks, regime, store, None, must_store=False)
+                new: list[tuple[int, ...]] = []
+
+                def note(block: Block, was_stored: bool, nbytes: int, new: list[tuple[int, ...]] = new) -> None:
+                    if not was_stored:
+                        new.append(block.token_ids)
+
+                self._source.materialize(blocks, regime, store, note, must_store=False)
+                computed.update((regime.name, ids) for ids in new)
+        return computed
 
     def _shortest_regime(self, num_tokens: int) -> Regime:
         """The regime of the shortest prompt that can hold a block of that many tokens and a question."""

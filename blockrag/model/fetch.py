@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from blockrag.kv import KVLayout
-    from blockrag.model.inflight import InFlight
+    from blockrag.model.inflight import FlightKey, InFlight
     from blockrag.model.readers import Readers
     from blockrag.model.usage import GenerationTimings, Usage
     from blockrag.quantize import StoredKV
@@ -104,7 +104,7 @@ class Fetch:
                     self.flights.land(flight, None)
             wanted = [key for (_, key), flight in others.items() if not self._take(key, flight.wait)]
 
-    def _load(self, keys: Sequence[str], unlanded: set[Hashable]) -> list[str]:
+    def _load(self, keys: Sequence[str], unlanded: set[FlightKey]) -> list[str]:
         """Place what the store has; returns the keys it has not."""
         if not keys:
             return []
@@ -121,7 +121,7 @@ class Fetch:
         self._count(shares, time.perf_counter() - started)
         return [key for share in shares for key in share.missing]
 
-    def _load_share(self, dealer: Dealer[str], share: _Share, threads_per_block: int, unlanded: set[Hashable]) -> None:
+    def _load_share(self, dealer: Dealer[str], share: _Share, threads_per_block: int, unlanded: set[FlightKey]) -> None:
         while keys := dealer.take():
             found = self.store.get_many(keys)
             while True:
@@ -156,7 +156,7 @@ class Fetch:
         pieces = [range(first, last) for first, last in pairwise(borders)]
         self.readers.run([partial(self.place, self.places[key], kv, layers) for layers in pieces])
 
-    def _compute(self, computed: Iterator[tuple[str, StoredKV, int]], unlanded: set[Hashable]) -> None:
+    def _compute(self, computed: Iterator[tuple[str, StoredKV, int]], unlanded: set[FlightKey]) -> None:
         while True:
             started = time.perf_counter()
             result = next(computed, None)
@@ -184,7 +184,7 @@ class Fetch:
         self.timings.compose_s += time.perf_counter() - arrived
         return True
 
-    def _land(self, key: str, kv: StoredKV, unlanded: set[Hashable]) -> None:
+    def _land(self, key: str, kv: StoredKV, unlanded: set[FlightKey]) -> None:
         flight = (id(self.store), key)
         unlanded.discard(flight)
         self.flights.land(flight, kv)

@@ -8,13 +8,16 @@ second case. A request lands all of its own blocks before it waits for those of 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from blockrag.quantize import StoredKV
 
-__all__ = ["Flight", "InFlight"]
+__all__ = ["Flight", "FlightKey", "InFlight"]
+
+FlightKey = tuple[int, str]
+"""Identity of the store, and block key."""
 
 
 class Flight:
@@ -42,16 +45,16 @@ class InFlight:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._flights: dict[Hashable, Flight] = {}
+        self._flights: dict[FlightKey, Flight] = {}
 
-    def board(self, keys: Iterable[Hashable]) -> tuple[list[Hashable], dict[Hashable, Flight]]:
+    def board(self, keys: Iterable[FlightKey]) -> tuple[list[FlightKey], dict[FlightKey, Flight]]:
         """Take responsibility for the blocks nobody is responsible for.
 
         Returns:
             Those the caller must now land, each exactly once; and the flights of the others, to wait for.
         """
-        mine: list[Hashable] = []
-        others: dict[Hashable, Flight] = {}
+        mine: list[FlightKey] = []
+        others: dict[FlightKey, Flight] = {}
         with self._lock:
             for key in keys:
                 flight = self._flights.get(key)
@@ -62,7 +65,7 @@ class InFlight:
                     others[key] = flight
         return mine, others
 
-    def land(self, key: Hashable, kv: StoredKV | None) -> None:
+    def land(self, key: FlightKey, kv: StoredKV | None) -> None:
         """Hand a block over; landing one that has landed already does nothing."""
         with self._lock:
             flight = self._flights.pop(key, None)
