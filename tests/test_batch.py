@@ -205,10 +205,17 @@ def test_each_answer_has_its_own_stops_and_text(make_model: Make) -> None:
 
 
 def test_usage_and_timings_are_each_prompts_own(make_model: Make) -> None:
+    """A block that was missing counts as computed, once, although it was computed for all of them beforehand."""
     model = make_model()
+    shared = SegmentedPrompt((*PROMPTS[0].local_blocks[:2], *PROMPTS[1].blocks), stop=())
+    cold = model.generate([PROMPTS[0], shared], options())
+    assert [g.usage.blocks_reused for g in cold] == [0, 2]
+    assert [g.usage.tokens_reused for g in cold] == [0, sum(LENGTHS[:2])]
+    assert [g.usage.prompt_tokens for g in cold] == [PROMPTS[0].num_tokens, shared.num_tokens]
+    model.generate(PROMPTS, options())
     for prompt, generation in zip(PROMPTS, model.generate(PROMPTS, options()), strict=True):
         usage, spent = generation.usage, generation.timings
-        assert usage.blocks_reused == len(prompt.local_blocks), "computed for all of them beforehand"
+        assert usage.blocks_reused == len(prompt.local_blocks)
         assert usage.prompt_tokens == prompt.num_tokens
         assert usage.tokens_computed == len(prompt.blocks[-1])
         assert usage.new_tokens == 8

@@ -679,6 +679,20 @@ def test_generate_writes_bad_lines_and_goes_on(tmp_path: Path, model: str) -> No
     assert target.read_bytes() == before
 
 
+def test_generate_answers_together_what_it_answers_alone(tmp_path: Path, model: str) -> None:
+    """Lines of a batch that cannot be used or are too long leave the others as they are."""
+    lines: list[object] = [{"prompt": RAG_PROMPT}, "junk", {"prompt": "why? " * 3000}]
+    lines += [{"prompt": "some text " * n} for n in range(1, 6)]
+    found = []
+    for together in (1, 3, 20):
+        source, target = batch(tmp_path, *lines)
+        summary = generate(model, source, target, "--batch-size", together, code=1)
+        assert (summary["generated"], summary["failed"]) == (6, 2)
+        found.append([(line.get("generated"), line.get("error")) for line in results(target)])
+        target.unlink()
+    assert found[0] == found[1] == found[2]
+
+
 def test_generate_redoes_a_torn_line(tmp_path: Path, model: str) -> None:
     source, target = batch(tmp_path, *({"id": n, "prompt": f"text {n}"} for n in range(4)))
     generate(model, source, target)

@@ -540,7 +540,7 @@ def test_a_longrope_batch_materializes_each_regime(make_model: Make) -> None:
     short, long = prompt_of((20,), 6), prompt_of((20, 40), 10)
     for prompt, generation in zip((short, long), model.generate([short, long], options(max_new_tokens=4)), strict=True):
         assert list(generation.token_ids) == oracle_greedy(model, prompt, 4)
-        assert generation.usage.blocks_reused == len(prompt.local_blocks)
+        assert generation.usage.blocks_computed == len(prompt.blocks), "the one they share is not the same"
 
 
 def test_no_prompts_no_answers(make_model: Make) -> None:

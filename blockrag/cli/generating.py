@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from blockrag.model.answer import Generation
     from blockrag.model.block_model import BlockModel
     from blockrag.model.sampling import GenerationOptions
     from blockrag.prompt import Block, SegmentedPrompt
@@ -62,6 +63,10 @@ Store = Annotated[
     str | None,
     typer.Option("--store", help="Where blocks are kept, e.g. disk:///path?max_bytes=200GB; by default in memory."),
 ]
+BatchSize = Annotated[
+    int,
+    typer.Option("--batch-size", min=1, help="Lines that are answered together, and then written."),
+]
 AllowSpecial = Annotated[
     bool,
     typer.Option("--allow-special", help="Recognize control tokens spelled in text and blocks; only if you trust it."),
@@ -78,6 +83,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = None,
     store: Store = None,
+    batch_size: BatchSize = 16,
     allow_special: AllowSpecial = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -96,7 +102,8 @@ def generate(
     goes by the key and takes a prompt that is no RAG prompt as text.
 
     The output keeps every field and adds generated, usage and finish_reason, or error for a line that failed. Lines
-    the output has already are skipped, so a run that was killed goes on where it stopped.
+    the output has already are skipped, so a run that was killed goes on where it stopped. Lines are answered
+    --batch-size at a time; the answers are those of one at a time.
     """  # noqa: D301 (the command line needs the character itself: it keeps the lines behind it apart)
     with reporting(as_json) as out:
         options = generation_options(max_new_tokens, temperature, seed)
@@ -111,8 +118,9 @@ def generate(
             if first is not None:
                 language_model = _load(out, name, attention, store, device, dtype)
                 with closing(language_model.store):
-                    for line in chain([first], lines):
-                        run.answer(line, language_model)
+                    lines = chain([first], lines)
+                    while batch := list(islice(lines, batch_size)):
+                        run.answer(batch, language_model)
         _summarize(out, run, input_file, output_file, time.perf_counter() - started)
 
 
@@ -131,23 +139,39 @@ class _Run:
     generated: int = 0
     usage: dict[str, int] = field(default_factory=dict)
 
-    def answer(self, line: BatchLine, model: BlockModel) -> None:
-        """Answer one line, and write its result at once."""
+    def answer(self, lines: Sequence[BatchLine], model: BlockModel) -> None:
+        """Answer some lines together, and write their results."""
+        prompts = [self._prompt(line, model) for line in lines]
+        usable = [prompt for prompt in prompts if not isinstance(prompt, InputError)]
+        results = iter(self._generate(usable, model))
+        for line, prompt in zip(lines, prompts, strict=True):
+            self._note(line, prompt if isinstance(prompt, InputError) else next(results))
+
+    def _prompt(self, line: BatchLine, model: BlockModel) -> SegmentedPrompt | InputError:
         try:
             if line.problem:
                 raise PromptError(line.problem)
-            prompt = _segment(line.fields, model, self.format, allow_special=self.allow_special)
-            generation = model.generate(prompt, self.options)
+            return _segment(line.fields, model, self.format, allow_special=self.allow_special)
         except InputError as error:
+            return error
+
+    def _generate(self, prompts: Sequence[SegmentedPrompt], model: BlockModel) -> list[Generation | InputError]:
+        try:
+            return list(model.generate(prompts, self.options, batch_size=max(1, len(prompts))))
+        except InputError as error:
+            # One of them is too long: the others still have an answer.
+            return [error] if len(prompts) == 1 else [self._generate([one], model)[0] for one in prompts]
+
+    def _note(self, line: BatchLine, result: Generation | InputError) -> None:
+        if isinstance(result, InputError):
             self.failed += 1
-            self._write(line, {"error": str(error)})
-            self.out.error(f"line {line.number}: {error}")
+            self._write(line, {"error": str(result)})
+            self.out.error(f"line {line.number}: {result}")
             return
         self.generated += 1
-        usage = usage_json(generation.usage)
+        usage = usage_json(result.usage)
         self.usage = {name: self.usage.get(name, 0) + value for name, value in usage.items()}
-        added = {"generated": generation.text, "usage": usage, "finish_reason": generation.finish_reason}
-        self._write(line, added)
+        self._write(line, {"generated": result.text, "usage": usage, "finish_reason": result.finish_reason})
 
     def _write(self, line: BatchLine, added: Mapping[str, object]) -> None:
         self.file.write(result_of(line, added))
@@ -233,9 +257,10 @@ def _only_key(fields: Mapping[str, Any]) -> str:
 def _summarize(out: Output, run: _Run, source: Path, target: Path, seconds: float) -> None:
     total = run.skipped + run.generated + run.failed - run.failed_before
     reused, computed = run.usage.get("tokens_reused", 0), run.usage.get("tokens_computed", 0)
+    kept = f" ({run.usage['tokens_kept']:,} kept composed)" if run.usage.get("tokens_kept") else ""
     out.show(f"{run.generated:,} lines answered in {seconds:.1f} s, {run.skipped:,} were there already: {target}")
     if run.generated:
-        out.show(f"{reused:,} prompt tokens reused, {computed:,} computed, {run.usage['new_tokens']:,} generated")
+        out.show(f"{reused:,} prompt tokens reused{kept}, {computed:,} computed, {run.usage['new_tokens']:,} generated")
     out.result(
         {
             "input": str(source),

@@ -31,6 +31,14 @@ class Usage:
         """Tokens of the prompt."""
         return self.tokens_reused + self.tokens_computed
 
+    def charge(self, blocks: int, tokens: int) -> None:
+        """Count some blocks as computed that were found only because the same request had just computed them."""
+        if blocks <= self.blocks_reused - self.blocks_kept:
+            self.blocks_reused -= blocks
+            self.tokens_reused -= tokens
+            self.blocks_computed += blocks
+            self.tokens_computed += tokens
+
 
 @dataclass(slots=True)
 class GenerationTimings:
