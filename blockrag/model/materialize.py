@@ -32,9 +32,6 @@ __all__ = ["BlockWriter", "MaterializeReport"]
 
 logger = logging.getLogger(__name__)
 
-# TUNE
-_WRITERS = 1
-
 
 @dataclass(frozen=True, slots=True)
 class MaterializeReport:
@@ -145,9 +142,7 @@ class BlockWriter:
                 logger.warning("block %s... was computed but not stored: %s", key[:12], error)
             return key, data
 
-        prefilled = (self._prefill([missing[index] for index in batch], regime) for batch in batches)
-        # With nothing to compute meanwhile, a thread is only a detour.
-        yield from overlapped(prefilled, finish, threads=_WRITERS if len(batches) > 1 else 0)
+        yield from overlapped((self._prefill([missing[i] for i in batch], regime) for batch in batches), finish)
 
     def _prefill(self, batch: Sequence[tuple[str, Sequence[int]]], regime: Regime) -> list[tuple[str, BlockKV]]:
         with self.lock:

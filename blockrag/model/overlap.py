@@ -1,13 +1,16 @@
-"""Finishing what was computed while the next is computed.
+"""Finishing what was computed while the next is computed, where that saves time.
 
 A model computes one batch of blocks after the other; what is left to do with a block (converting, checksumming,
-writing) needs no model. Nothing here knows what a block is.
+writing) needs no model. On a processor that does both, other threads only get in the way of the computing ones; they
+pay where a GPU computes, or where the store keeps its caller waiting. The first batch shows which it is. Nothing here
+knows what a block is.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -16,17 +19,25 @@ __all__ = ["overlapped"]
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Enough to hide the round trips of a store on the network behind each other.
+_THREADS = 4
+# Measured on two cores, 15 million parameters: with stores in memory or on a local disk, finishing takes 2 to 5 % of
+# the computing, and threads cost 3 %; with 5 ms per block, finishing takes 30 %, and threads hide all of it.
+_WORTH = 0.1
 
-def overlapped(batches: Iterator[Sequence[T]], finish: Callable[[T], R], *, threads: int) -> Iterator[R]:
-    """Finish the items of each batch in other threads while the caller's thread gets the next batch.
+
+def overlapped(
+    batches: Iterator[Sequence[T]], finish: Callable[[T], R], *, worth: float = _WORTH
+) -> Generator[R, None, None]:
+    """Finish the items of each batch, in other threads while the caller's thread gets the next batch if that pays.
 
     At most one batch waits to be finished while the next is on its way, so that memory does not depend on how many
     there are. Where the caller stops early, what is being finished is finished, and what waits is dropped.
 
     Args:
         batches: Advanced in the caller's thread.
-        finish: Called once for each item.
-        threads: How many items may be finished at the same time; with 0 the caller's thread does it.
+        finish: Called once for each item, by several threads at the same time.
+        worth: Threads are used if finishing the first batch took more than this part of the time to get it.
 
     Yields:
         What `finish` returned, in the order of the items.
@@ -34,16 +45,32 @@ def overlapped(batches: Iterator[Sequence[T]], finish: Callable[[T], R], *, thre
     Raises:
         BaseException: What `batches` or `finish` raised; of the latter in the place of the item's result.
     """
-    if threads == 0:
+    started = time.perf_counter()
+    first = next(batches, None)
+    if first is None:
+        return
+    got_s, finishing_s = time.perf_counter() - started, 0.0
+    for item in first:
+        started = time.perf_counter()
+        result = finish(item)
+        finishing_s += time.perf_counter() - started
+        yield result
+    del first
+    if finishing_s > worth * got_s:
+        yield from _in_threads(batches, finish)
+    else:
         for batch in batches:
             yield from map(finish, batch)
-        return
+
+
+def _in_threads(batches: Iterator[Sequence[T]], finish: Callable[[T], R]) -> Iterator[R]:
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="blockrag-writer") as pool:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="blockrag-writer") as pool:
         try:
             for batch in batches:
                 waiting.extend(pool.submit(finish, item) for item in batch)
                 newest = len(batch)
+                # Not to be alive while the next one is computed.
                 del batch
                 while len(waiting) > newest:
                     yield waiting.popleft().result()
