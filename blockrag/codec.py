@@ -1,12 +1,13 @@
 r"""`BlockKV` to bytes and back: the header, the precision at rest, the checksum.
 
-An encoded block is one buffer: a header, then the elements of `BlockKV.data` in their order. Everything is
-little-endian, and the payload starts at a multiple of 64 bytes so that a tensor can be made over it in place.
+An encoded block is one buffer: a header, then the payload, which is the elements of `BlockKV.data` in their order or,
+for int8 and int4, what blockrag/quantize.py draws. Everything is little-endian, and the payload starts at a multiple of
+64 bytes so that a tensor can be made over it in place.
 
     offset  bytes  field
          0      8  magic: 93 42 4C 4B 4B 56 0D 0A ("\x93BLKKV\r\n"; a text-mode copy breaks it)
          8      2  format version, now 1
-        10      2  precision: 1 float32, 2 bfloat16, 3 float16 (4 int8 and 5 int4 are reserved)
+        10      2  precision: 1 float32, 2 bfloat16, 3 float16, 4 int8, 5 int4
         12      4  header bytes, i.e. where the payload starts; a multiple of 64
         16     16  XXH3-128 of everything but these 16 bytes, header first, big-endian as xxHash prints it
         32     32  block key
@@ -18,9 +19,9 @@ little-endian, and the payload starts at a multiple of 64 bytes so that a tensor
          .      .  zeros up to the payload
 
 Bytes that come back from a store are judged, not trusted: every length is compared with what is really there before
-it is used, then the checksum, then key, fingerprint and shapes. Any disagreement is a `DamagedBlockError`, which
-readers treat as a miss. The checksum finds accidents; it does not authenticate (XXH3 is not a cryptographic hash).
-Nothing here knows where the bytes are kept, or how a model computes them.
+it is used, then the checksum, then key, fingerprint and shapes, then the scales of quantised states. Any disagreement
+is a `DamagedBlockError`, which readers treat as a miss. The checksum finds accidents; it does not authenticate (XXH3
+is not a cryptographic hash). Nothing here knows where the bytes are kept, or how a model computes them.
 """
 
 from __future__ import annotations
@@ -28,30 +29,33 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import xxhash
 
 from blockrag.errors import DamagedBlockError, InputError
 from blockrag.fingerprint import FORMAT_VERSION, check_fingerprint, check_key
-from blockrag.kv import BlockKV, KVLayout, LayerShape
+from blockrag.kv import BlockKV, KVLayout, LayerShape, explain_unfit
+from blockrag.quantize import QuantizedKV, QuantizedPrecision, StoredKV, payload_map, quantize_into
 
-__all__ = ["BlockHeader", "Precision", "decode", "encode", "encoded_nbytes", "read_header"]
+__all__ = ["BlockHeader", "Precision", "decode", "encode", "encoded_nbytes", "read_header", "view_encoded"]
 
-Precision = Literal["float32", "bfloat16", "float16"]
+_FloatPrecision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Precision: TypeAlias = Literal[_FloatPrecision, QuantizedPrecision]
 """How elements are kept at rest."""
 
 _MAGIC: Final = b"\x93BLKKV\r\n"
 _HEAD: Final = struct.Struct("<8sHHI16s32s16sIIQ")
 _CHECKSUM: Final = slice(16, 32)
 _ALIGNMENT: Final = 64
-_DTYPES: Final[dict[Precision, torch.dtype]] = {
+_QUANTIZED_ALIGNMENT: Final = 4
+_DTYPES: Final[dict[_FloatPrecision, torch.dtype]] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_CODES: Final[dict[Precision, int]] = {"float32": 1, "bfloat16": 2, "float16": 3}
+_CODES: Final[dict[Precision, int]] = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4, "int4": 5}
 _PRECISIONS: Final = {code: precision for precision, code in _CODES.items()}
 
 
@@ -98,7 +102,7 @@ def encoded_nbytes(layout: KVLayout, num_tokens: int, precision: Precision) -> i
     Raises:
         InputError: `precision` is not one of the known ones.
     """
-    return _payload_offset(layout.num_layers) + layout.nbytes(num_tokens, _dtype(precision).itemsize)
+    return _payload_offset(layout.num_layers) + _payload_bytes(layout, num_tokens, _checked(precision))
 
 
 def encode(kv: BlockKV, *, key: str, fingerprint: str, precision: Precision) -> bytearray:
@@ -108,7 +112,8 @@ def encode(kv: BlockKV, *, key: str, fingerprint: str, precision: Precision) -> 
         kv: The block, in any floating-point dtype, on any device.
         key: The block's key from `block_key`.
         fingerprint: `Fingerprint.digest` of the model that computed it.
-        precision: How to keep the elements; rounding is to nearest even, as torch converts.
+        precision: How to keep the elements. Floating-point precisions round to nearest even, as torch converts; for
+            the others see `blockrag.quantize`.
 
     Returns:
         `encoded_nbytes(kv.layout, kv.num_tokens, precision)` bytes.
@@ -117,19 +122,18 @@ def encode(kv: BlockKV, *, key: str, fingerprint: str, precision: Precision) -> 
         InputError: An element is NaN or infinite, or does not fit the precision; the message names the layer. Also a
             malformed key or fingerprint, an unknown precision, a block without elements or not of floating point.
     """
-    dtype = _dtype(precision)
+    _checked(precision)
     key_bytes, fingerprint_bytes = bytes.fromhex(check_key(key)), bytes.fromhex(check_fingerprint(fingerprint))
     if kv.data.numel() == 0 or not kv.data.is_floating_point():
         raise InputError(f"cannot encode {kv.data.numel()} elements of {kv.data.dtype}; pass floating-point KV states")
     offset = _payload_offset(kv.layout.num_layers)
-    payload_bytes = kv.layout.nbytes(kv.num_tokens, dtype.itemsize)
+    payload_bytes = _payload_bytes(kv.layout, kv.num_tokens, precision)
     out = bytearray(offset + payload_bytes)
-    payload = torch.frombuffer(out, dtype=dtype, offset=offset)
-    payload.copy_(kv.data.detach())
-    low, high = torch.aminmax(payload)
-    # NaN fails every comparison, and aminmax hands it on.
-    if not (low > -torch.inf and high < torch.inf):
-        raise InputError(_explain_nonfinite(kv, precision))
+    payload = torch.frombuffer(out, dtype=torch.uint8, offset=offset)
+    if precision == "int8" or precision == "int4":
+        quantize_into(payload, kv, precision)
+    else:
+        _convert_into(payload.view(_DTYPES[precision]), kv, precision)
     layers = _pack_layers(kv.layout)
     head = (_MAGIC, FORMAT_VERSION, _CODES[precision], offset, bytes(16), key_bytes, fingerprint_bytes)
     _HEAD.pack_into(out, 0, *head, kv.num_tokens, kv.layout.num_layers, payload_bytes)
@@ -138,7 +142,16 @@ def encode(kv: BlockKV, *, key: str, fingerprint: str, precision: Precision) -> 
     return out
 
 
-def decode(data: memoryview | bytes | bytearray, *, key: str, fingerprint: str, layout: KVLayout) -> BlockKV:
+def _convert_into(elements: torch.Tensor, kv: BlockKV, precision: _FloatPrecision) -> None:
+    elements.copy_(kv.data.detach())
+    low, high = torch.aminmax(elements)
+    # NaN fails every comparison, and aminmax hands it on.
+    if not (low > -torch.inf and high < torch.inf):
+        wider = "bfloat16 or float32" if precision == "float16" else "float32"
+        raise InputError(explain_unfit(kv, precision, elements.dtype, wider=wider))
+
+
+def decode(data: memoryview | bytes | bytearray, *, key: str, fingerprint: str, layout: KVLayout) -> StoredKV:
     """The block in `data`, after every check has passed.
 
     Args:
@@ -165,7 +178,27 @@ def decode(data: memoryview | bytes | bytearray, *, key: str, fingerprint: str, 
         raise DamagedBlockError(message, reason="fingerprint")
     if found.layers != _pack_layers(layout):
         raise DamagedBlockError(f"block {key} has another KV layout than this model's", reason="shape")
-    return BlockKV(layout=layout, num_tokens=found.num_tokens, data=_tensor_over(view, found))
+    kv = _view(view, found, layout)
+    if isinstance(kv, QuantizedKV) and (damage := kv.damage()):
+        message = f"block {key} has a {damage} that quantising never writes; its checksum is right, its writer is not"
+        raise DamagedBlockError(message, reason=damage)
+    return kv
+
+
+def view_encoded(data: bytearray, *, layout: KVLayout) -> StoredKV:
+    """What `decode` gives for the bytes that `encode` has just returned in this process, taken at their word.
+
+    Never for bytes that have been anywhere else: nothing is verified that needs reading them.
+
+    Args:
+        data: What `encode` returned; the tensor lies over it.
+        layout: The layout of what was encoded.
+
+    Returns:
+        The KV states in host memory, in their precision at rest.
+    """
+    view = memoryview(data)
+    return _view(view, _parse(view, verify=False), layout)
 
 
 def read_header(data: memoryview | bytes | bytearray) -> BlockHeader:
@@ -180,7 +213,7 @@ def read_header(data: memoryview | bytes | bytearray) -> BlockHeader:
         version=FORMAT_VERSION,
         precision=found.precision,
         num_tokens=found.num_tokens,
-        layout=KVLayout(tuple(LayerShape(*shape) for shape in struct.iter_unpack("<4I", found.layers))),
+        layout=_unpack_layers(found.layers),
         key=found.key.hex(),
         fingerprint=found.fingerprint.hex(),
         payload_offset=found.payload_offset,
@@ -188,8 +221,11 @@ def read_header(data: memoryview | bytes | bytearray) -> BlockHeader:
     )
 
 
-def _parse(view: memoryview) -> _Fields:
-    """Check everything the bytes can be held to on their own: lengths, magic, version, checksum, arithmetic."""
+def _parse(view: memoryview, *, verify: bool = True) -> _Fields:
+    """Check everything the bytes can be held to on their own: lengths, magic, version, checksum, arithmetic.
+
+    With `verify=False` the checksum, which reads them all, is left out.
+    """
     if len(view) < _HEAD.size:
         raise DamagedBlockError(f"{len(view)} bytes are too few for a block's header ({_HEAD.size})", reason="length")
     fields = _HEAD.unpack_from(view)
@@ -202,27 +238,38 @@ def _parse(view: memoryview) -> _Fields:
     if offset != _payload_offset(num_layers) or offset + payload_bytes != len(view):
         message = f"the header promises {offset} + {payload_bytes} bytes for {num_layers} layers, got {len(view)}"
         raise DamagedBlockError(message, reason="length")
-    if _checksum(view) != view[_CHECKSUM]:
+    if verify and _checksum(view) != view[_CHECKSUM]:
         raise DamagedBlockError(f"block {key.hex()} fails its checksum", reason="checksum")
     if code not in _PRECISIONS:
         raise DamagedBlockError(f"unknown precision code {code}", reason="precision")
     precision = _PRECISIONS[code]
     layers = bytes(view[_HEAD.size : _HEAD.size + 16 * num_layers])
-    elements = sum(kh * kd + vh * vd for kh, kd, vh, vd in struct.iter_unpack("<4I", layers))
-    if num_tokens < 1 or elements < 1 or elements * num_tokens * _DTYPES[precision].itemsize != payload_bytes:
-        message = f"{num_tokens} tokens of {elements} {precision} elements do not make {payload_bytes} bytes"
+    layout = _unpack_layers(layers)
+    if num_tokens < 1 or layout.elements_per_token < 1:
+        raise DamagedBlockError(f"the header promises {num_tokens} tokens of {num_layers} layers", reason="shape")
+    if _payload_bytes(layout, num_tokens, precision) != payload_bytes:
+        message = f"{num_tokens} tokens of this layout in {precision} do not make {payload_bytes} bytes"
         raise DamagedBlockError(message, reason="shape")
     return _Fields(precision, offset, key, fingerprint, num_tokens, payload_bytes, layers)
 
 
-def _tensor_over(view: memoryview, found: _Fields) -> torch.Tensor:
-    dtype = _DTYPES[found.precision]
+def _view(view: memoryview, found: _Fields, layout: KVLayout) -> StoredKV:
+    """The KV states in the payload; `layout` is the found one, as the caller's own object."""
+    precision = found.precision
+    if precision == "int8" or precision == "int4":
+        payload = _tensor_over(view, found.payload_offset, _QUANTIZED_ALIGNMENT)
+        return QuantizedKV(layout, found.num_tokens, precision, payload)
+    dtype = _DTYPES[precision]
+    return BlockKV(layout, found.num_tokens, _tensor_over(view, found.payload_offset, dtype.itemsize).view(dtype))
+
+
+def _tensor_over(view: memoryview, offset: int, alignment: int) -> torch.Tensor:
     if not view.readonly:
-        raw = torch.frombuffer(view, dtype=torch.uint8, offset=found.payload_offset)
-        if raw.data_ptr() % dtype.itemsize == 0:
-            return raw.view(dtype)
+        payload = torch.frombuffer(view, dtype=torch.uint8, offset=offset)
+        if payload.data_ptr() % alignment == 0:
+            return payload
     # torch warns on read-only buffers and does not align; a private copy is writable and aligned by the allocator.
-    return torch.frombuffer(bytearray(view[found.payload_offset :]), dtype=dtype)
+    return torch.frombuffer(bytearray(view[offset:]), dtype=torch.uint8)
 
 
 def _checksum(view: memoryview) -> bytes:
@@ -243,6 +290,11 @@ def _pack_layers(layout: KVLayout) -> bytes:
     )
 
 
+@lru_cache(maxsize=16)
+def _unpack_layers(packed: bytes) -> KVLayout:
+    return KVLayout(tuple(LayerShape(*shape) for shape in struct.iter_unpack("<4I", packed)))
+
+
 def _as_bytes(data: memoryview | bytes | bytearray) -> memoryview:
     try:
         return memoryview(data).cast("B")
@@ -252,25 +304,13 @@ def _as_bytes(data: memoryview | bytes | bytearray) -> memoryview:
         ) from None
 
 
-def _dtype(precision: Precision) -> torch.dtype:
-    if precision not in _DTYPES:
+def _payload_bytes(layout: KVLayout, num_tokens: int, precision: Precision) -> int:
+    if precision == "int8" or precision == "int4":
+        return payload_map(layout, num_tokens, precision).nbytes
+    return layout.nbytes(num_tokens, _DTYPES[precision].itemsize)
+
+
+def _checked(precision: Precision) -> Precision:
+    if precision not in _CODES:
         raise InputError(f"unknown precision {precision!r}; use one of {', '.join(get_args(Precision))}")
-    return _DTYPES[precision]
-
-
-def _explain_nonfinite(kv: BlockKV, precision: Precision) -> str:
-    """Name the first layer whose elements are not finite at rest, and what to do about it."""
-    dtype = _dtype(precision)
-    for layer in range(kv.layout.num_layers):
-        for name, part in (("keys", kv.keys(layer)), ("values", kv.values(layer))):
-            if part.numel() == 0 or bool(torch.isfinite(part.to(dtype)).all()):
-                continue
-            if not bool(torch.isfinite(part).all()):
-                return (
-                    f"layer {layer}: the {name} hold NaN or infinity, the model's numbers broke down; "
-                    "compute in float32 or bfloat16 and check the weights"
-                )
-            largest, limit = float(part.abs().max()), torch.finfo(dtype).max
-            wider = "bfloat16 or float32" if precision == "float16" else "float32"
-            return f"layer {layer}: the {name} reach {largest:.6g}, {precision} holds {limit:.6g}; use {wider}"
-    return "the KV states changed while they were encoded; encode from one thread"
+    return precision

@@ -69,7 +69,8 @@ class DamagedBlockError(StoreError):
     Readers treat it as a miss: the block is recomputed and the bad copy replaced.
 
     Attributes:
-        reason: One of "length", "magic", "version", "checksum", "key", "fingerprint", "shape", "precision".
+        reason: One of "length", "magic", "version", "checksum", "key", "fingerprint", "shape", "precision",
+            "scale", "channel".
     """
 
     def __init__(self, message: str, *, reason: str) -> None:

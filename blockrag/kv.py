@@ -24,7 +24,7 @@ from blockrag.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BlockKV", "KVLayout", "LayerShape"]
+__all__ = ["BlockKV", "KVLayout", "LayerShape", "explain_unfit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,14 @@ class KVLayout:
     """The shapes of a model's KV states, layer by layer."""
 
     layers: tuple[LayerShape, ...]
+
+    def __hash__(self) -> int:
+        """Counted once: layouts are looked up for every block that is read."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.layers)
 
     @property
     def num_layers(self) -> int:
@@ -125,3 +133,29 @@ class BlockKV:
     def nbytes(self) -> int:
         """Bytes of the KV states."""
         return self.data.numel() * self.data.element_size()
+
+
+def explain_unfit(kv: BlockKV, precision: str, dtype: torch.dtype, divisor: float = 1, *, wider: str) -> str:
+    """Why a block cannot be kept: its first layer with a number that is not finite at rest, and what to do about it.
+
+    Args:
+        kv: The block.
+        precision: The name of the precision at rest.
+        dtype: What numbers, divided by `divisor`, are converted to.
+        divisor: 1, or the largest integer of a quantisation.
+        wider: Precisions that hold more.
+    """
+    import torch
+
+    for layer in range(kv.layout.num_layers):
+        for name, part in (("keys", kv.keys(layer)), ("values", kv.values(layer))):
+            if part.numel() == 0 or bool((part / divisor).to(dtype).isfinite().all()):
+                continue
+            if not bool(part.isfinite().all()):
+                return (
+                    f"layer {layer}: the {name} hold NaN or infinity, the model's numbers broke down; "
+                    "compute in float32 or bfloat16 and check the weights"
+                )
+            largest, limit = float(part.abs().max()), torch.finfo(dtype).max * divisor
+            return f"layer {layer}: the {name} reach {largest:.6g}, {precision} holds {limit:.6g}; use {wider}"
+    return "the KV states changed while they were encoded; encode from one thread"

@@ -200,7 +200,8 @@ class TestDamage:
             (8, "<H", 2, "version"),
             (8, "<H", 0, "version"),
             (10, "<H", 0, "precision"),
-            (10, "<H", 4, "precision"),
+            (10, "<H", 4, "shape"),
+            (10, "<H", 6, "precision"),
             (10, "<H", 3, "shape"),
             (12, "<I", 64, "length"),
             (12, "<I", 2**32 - 64, "length"),
@@ -280,8 +281,8 @@ class TestBadInput:
             encode(make_kv(), key=KEY, fingerprint="weights", precision="float32")
 
     def test_unknown_precision_is_refused(self):
-        with pytest.raises(InputError, match="'int8'; use one of float32, bfloat16, float16"):
-            encode(make_kv(), key=KEY, fingerprint=FINGERPRINT, precision="int8")
+        with pytest.raises(InputError, match="'int2'; use one of float32, bfloat16, float16, int8, int4"):
+            encode(make_kv(), key=KEY, fingerprint=FINGERPRINT, precision="int2")
 
     @pytest.mark.parametrize("data", ["text", memoryview(bytes(64))[::2], None], ids=["str", "strided", "None"])
     def test_what_is_no_buffer_is_refused(self, data):
