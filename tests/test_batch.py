@@ -46,7 +46,9 @@ def said(generations: Sequence[Generation]) -> list[tuple[int, ...]]:
 
 @contextmanager
 def batches(model: BlockModel) -> Iterator[list[torch.Tensor]]:
-    """The logits (rows, vocabulary) of every forward of more than one row."""
+    """The logits (rows, vocabulary) of every forward of more than one row, those of the probe apart."""
+    if model.profile is not None:
+        assert isinstance(model._batches_exactly, bool)
     seen: list[torch.Tensor] = []
 
     def record(module: object, inputs: object, output: Any) -> None:
@@ -315,6 +317,18 @@ def test_a_prompt_that_is_too_long_is_noticed_before_anything_runs(make_model: M
     with pytest.raises(PromptTooLongError, match="the prompt has 2105 tokens"):
         model.generate([*PROMPTS, prompt_of((2100,), 5)], options())
     assert model.store.stats().blocks == 0
+
+
+def test_a_model_that_ignores_its_mask_answers_one_by_one(make_model: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Noticed before the first batch, by the logits."""
+    model = make_model(ModelCase("llama", "llama"))
+    plain = model.model.forward
+    model.model.forward = lambda *args, attention_mask=None, **kwargs: plain(*args, **kwargs)
+    expected = said([model.generate(prompt, options()) for prompt in PROMPTS])
+    with batches(model) as seen:
+        assert said(model.generate(PROMPTS, options())) == expected
+    assert not seen
+    assert "does not heed a padding mask" in caplog.text
 
 
 def test_models_that_cannot_be_composed_answer_one_by_one() -> None:

@@ -4,7 +4,7 @@ Each prompt is composed and prefilled by itself, in its own row of one buffer, e
 rows take a step at a time. Rows whose answer has ended are passengers until half of them are, and then leave.
 
 Knows which prompts may share a batch: those for which the model computes positions in the same way, of lengths that do
-not leave most of the buffer to padding.
+not leave most of the buffer to padding. That a model can be batched at all is measured, once, on two short prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 
 from blockrag.errors import InputError
 from blockrag.model.cache import BatchCache, PromptSize
+from blockrag.model.sampling import GenerationOptions
+from blockrag.prompt import Block, SegmentedPrompt
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -28,13 +30,12 @@ if TYPE_CHECKING:
     from blockrag.model.pool import BufferPool
     from blockrag.model.profile import ModelProfile
     from blockrag.model.running import RunningPrompt
-    from blockrag.model.sampling import GenerationOptions
-    from blockrag.prompt import SegmentedPrompt
 
-__all__ = ["BatchLimits", "answer_together", "group_prompts"]
+__all__ = ["BatchLimits", "answer_together", "group_prompts", "padding_error"]
 
 # How many times the bytes of its prompts a batch may take.
 _PADDING = 2
+_PROBE_LENGTHS = (12, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +128,7 @@ def answer_together(
         The answers, in the order of `prompts`.
     """
     running = [start() for _ in prompts]
-    cache = BatchCache(
-        profile.layout,
-        profile.structure,
-        [_size(prompt) for prompt in prompts],
-        room=max(_room(profile, prompt, options.max_new_tokens) for prompt in prompts),
-        dtype=running[0].model.dtype,
-        device=running[0].model.device,
-        pool=pool,
-    )
+    cache = _cache_of(running[0].model, prompts, options, profile, pool)
     try:
         answers = [_begun(one, cache, row, prompts[row], options) for row, one in enumerate(running)]
         rows = _Rows(running[0].model, running[0].lock, cache, [prompt.num_tokens for prompt in prompts])
@@ -154,6 +147,42 @@ def answer_together(
         for one in running:
             one.close()
         cache.release()
+
+
+def padding_error(
+    *, start: Callable[[], RunningPrompt], profile: ModelProfile, pool: BufferPool
+) -> tuple[float, float]:
+    """What a prompt's logits depend on the prompts beside it: zero, up to rounding, if the model heeds its mask.
+
+    Args:
+        start: Gives an empty running prompt.
+        profile: The model's profile.
+        pool: Where buffers come from and go back to.
+
+    Returns:
+        The largest difference between logits of a padded batch of two and of each alone, and the largest logit.
+    """
+    options = GenerationOptions(max_new_tokens=2, ignore_eos=True)
+    prompts = [SegmentedPrompt((Block(tuple(range(n)), "", local=False, kind="query"),)) for n in _PROBE_LENGTHS]
+    running = [start() for _ in range(2 * len(prompts))]
+    alone, together = running[: len(prompts)], running[len(prompts) :]
+    cache = _cache_of(running[0].model, prompts, options, profile, pool)
+    try:
+        expected = []
+        for one, prompt in zip(alone, prompts, strict=True):
+            one.extend(prompt.blocks, room=options.max_new_tokens)
+            list(one.answer(options, prompt.stop))
+            expected.append(one.logits)
+        for row, one in enumerate(together):
+            _begun(one, cache, row, prompts[row], options)
+        rows = _Rows(running[0].model, running[0].lock, cache, _PROBE_LENGTHS)
+        actual = rows.forward({row: one.take_pending()[0] for row, one in enumerate(together)})
+    finally:
+        for one in running:
+            one.close()
+        cache.release()
+    pairs = [(actual[row].float(), logits.float()) for row, logits in enumerate(expected) if logits is not None]
+    return max(float((a - b).abs().max()) for a, b in pairs), max(float(b.abs().max()) for _, b in pairs)
 
 
 class _Rows:
@@ -222,6 +251,24 @@ class _Rows:
             return None
         padding = torch.tensor(self._padding, device=device)
         return torch.arange(self._columns, device=device)[None] >= padding[:, None]
+
+
+def _cache_of(
+    model: PreTrainedModel,
+    prompts: Sequence[SegmentedPrompt],
+    options: GenerationOptions,
+    profile: ModelProfile,
+    pool: BufferPool,
+) -> BatchCache:
+    return BatchCache(
+        profile.layout,
+        profile.structure,
+        [_size(prompt) for prompt in prompts],
+        room=max(_room(profile, prompt, options.max_new_tokens) for prompt in prompts),
+        dtype=model.dtype,
+        device=model.device,
+        pool=pool,
+    )
 
 
 def _begun(

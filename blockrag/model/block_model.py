@@ -23,7 +23,7 @@ from blockrag.codec import Precision
 from blockrag.errors import InputError, UnsupportedModelError
 from blockrag.fingerprint import Fingerprint, hash_json, hash_tensors, hash_tokenizer
 from blockrag.model.answer import Chunk, Generation
-from blockrag.model.batch import BatchLimits, answer_together, group_prompts
+from blockrag.model.batch import BatchLimits, answer_together, group_prompts, padding_error
 from blockrag.model.blocks import BlockSource
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
 from blockrag.model.guard import ForwardGuard
@@ -36,7 +36,7 @@ from blockrag.model.profile import ModelProfile, Regime, structure_of
 from blockrag.model.running import RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.stream import ResultStream
-from blockrag.model.verification import verified_profile
+from blockrag.model.verification import tolerance, verified_profile
 from blockrag.prompt import SegmentedPrompt, template_for
 from blockrag.stores import MemoryStore
 
@@ -338,7 +338,8 @@ class BlockModel:
 
         The missing blocks of several prompts are computed together, once. Prompts of similar length then decode
         together, each with a sampler, a seed and stop strings of its own: its answer is the one it would get alone, up
-        to the rounding of logits (1e-5 in float32). A model that cannot be composed answers them one after the other.
+        to the rounding of logits (1e-5 in float32). A model that cannot be composed, or does not heed a padding mask,
+        answers them one after the other.
         Prompts that decode together neither find passages composed by an earlier prompt nor leave any behind.
 
         Args:
@@ -468,6 +469,8 @@ class BlockModel:
         if profile is None:
             return [self.stream(prompt, options, attention=attention, store=store).finish() for prompt in prompts]
         groups = group_prompts(prompts, profile, options.max_new_tokens, dtype=self.model.dtype, limits=limits)
+        if any(len(group) > 1 for group in groups) and not self._batches_exactly:
+            groups = [[index] for index in range(len(prompts))]
         computed: set[tuple[str, tuple[int, ...]]] = set()
         if attention == "block":
             computed = self._materialize_together(prompts, self.store if store is None else store)
@@ -491,6 +494,23 @@ class BlockModel:
             generations[index].usage.charge(len(new), sum(map(len, new)))
             computed.difference_update((regime, ids) for ids in new)
         return [generations[index] for index in range(len(prompts))]
+
+    @cached_property
+    def _batches_exactly(self) -> bool:
+        """Whether a prompt's answer does not depend on those beside it: measured before the first batch."""
+        error, scale = padding_error(
+            start=lambda: self.start(attention="full"), profile=self._composable(), pool=self._pool
+        )
+        if error <= tolerance(self.model) * scale:
+            return True
+        logger.warning(
+            "%s answers prompts one after the other: beside another prompt its logits change by %.1e on a scale of "
+            "%.1e, so it does not heed a padding mask",
+            self.name,
+            error,
+            scale,
+        )
+        return False
 
     def _new_pool(self) -> BufferPool:
         share = memory_share(self.model.device)

@@ -25,7 +25,7 @@ from blockrag.model.profile import ModelProfile, probe_regimes, short_window, st
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["verified_profile"]
+__all__ = ["tolerance", "verified_profile"]
 
 _WINDOW = 8
 # Shorter than a window, longer than it, one token; then the query block: rows for vectors of them and a rest.
@@ -54,7 +54,7 @@ def verified_profile(model: PreTrainedModel) -> ModelProfile:
             # Not available for this model, or it computes something the attention does not implement.
             failure = error
             continue
-        if profile.equivalence_error <= _tolerance(model) * profile.logit_scale:
+        if profile.equivalence_error <= tolerance(model) * profile.logit_scale:
             return profile
         failure = UnsupportedModelError(
             f"{type(model).__name__} (model type {model.config.model_type!r}) cannot reuse block KV states: a composed "
@@ -70,7 +70,8 @@ def verified_profile(model: PreTrainedModel) -> ModelProfile:
     ) from failure
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def tolerance(model: PreTrainedModel) -> float:
+    """How far logits may be apart, relative to the largest, to count as the same computation."""
     return _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)
 
 
