@@ -31,8 +31,7 @@ struct slot {
     int32_t rope;
     int32_t rope_start;    /* first rotated dimension */
     int32_t rope_dim;      /* rotated dimensions */
-    int32_t group;         /* quantised: tokens (keys) or channels (values) per scale; 0 for all of them */
-    int32_t per_channel;   /* quantised: scales belong to channels (keys) rather than to tokens (values) */
+    int32_t group;         /* quantised: channels that share a scale of a token; 0 where each channel has one scale */
     int32_t streaming;     /* write past the processor's cache */
 };
 
@@ -91,27 +90,39 @@ static void rotate(float *restrict row, const struct slot *slot, const float *re
 /* Where the parts of one tensor lie in the payload. */
 struct source {
     const uint8_t *scales, *elements;
-    int64_t row_bytes, groups; /* groups: of tokens (per channel) or of channels (per token) */
+    int64_t row_bytes, groups; /* groups of channels that share a scale of a token */
+    /* Refined channels of keys, counted from the first channel of `heads` x `dim`, and their rows of nibbles. */
+    const int32_t *refined;
+    const uint8_t *refinements;
+    int64_t first_refined, end_refined, refined_before; /* refined_before: number of the tensor's first channel */
 };
 
 /* The scales that apply to one token of a head, as floats: one per channel, or one per group of channels. */
-static int64_t read_scales(const struct slot *slot, const struct source *source, int64_t tokens, int32_t head,
-                           int64_t token, float *restrict scales) {
+static void read_scales(const struct slot *slot, const struct source *source, int64_t tokens, int32_t head,
+                        int64_t token, float *restrict scales) {
     const uint16_t *at = (const uint16_t *)source->scales;
-    if (slot->per_channel) {
-        int64_t group = slot->group ? token / slot->group : 0;
-        halves_to_floats(at + (head * source->groups + group) * slot->dim, scales, slot->dim);
-    } else {
+    if (slot->group)
         halves_to_floats(at + (head * tokens + token) * source->groups, scales, source->groups);
+    else
+        halves_to_floats(at + (int64_t)head * slot->dim, scales, slot->dim);
+}
+
+/* What refinement adds to the numbers of one token of a head; zero where a channel is not refined. */
+static void read_refinements(const struct slot *slot, const struct source *source, int64_t tokens, int32_t head,
+                             int64_t token, int64_t first, int64_t end, float *restrict added) {
+    int64_t bytes = (tokens + 1) / 2, high = token >= bytes;
+    int64_t before = source->refined_before + (int64_t)head * slot->dim;
+    for (int64_t r = first; r < end; r++) {
+        int32_t pair = source->refinements[r * bytes + token - (high ? bytes : 0)];
+        added[source->refined[r] - before] = (float)((high ? pair >> 4 : pair & 15) - 8) * 0.0625f;
     }
-    return slot->per_channel && !slot->group ? tokens : slot->per_channel ? slot->group - token % slot->group : 1;
 }
 
 /* One token of one head, any sizes: `row` at rest to `to` in the cache. */
-static void place_row(const struct slot *slot, int precision, const uint8_t *row, const float *scales, int64_t position,
-                      float *restrict to) {
+static void place_row(const struct slot *slot, int precision, const uint8_t *row, const float *scales,
+                      const float *added, int64_t position, float *restrict to) {
     float numbers[MAX_DIM];
-    int32_t dim = slot->dim, width = slot->group ? slot->group : dim;
+    int32_t dim = slot->dim;
     switch (precision) {
     case FLOAT32: memcpy(numbers, row, (size_t)dim * sizeof(float)); break;
     case BFLOAT16: bfloats_to_floats((const uint16_t *)row, numbers, dim); break;
@@ -120,7 +131,10 @@ static void place_row(const struct slot *slot, int precision, const uint8_t *row
     case INT4: nibbles_to_floats(row, numbers, dim); break;
     }
     if (precision >= INT8)
-        for (int32_t i = 0; i < dim; i++) numbers[i] *= scales[slot->per_channel ? i : i / width];
+        for (int32_t i = 0; i < dim; i++) {
+            if (added) numbers[i] += added[i];
+            numbers[i] *= scales[slot->group ? i / slot->group : i];
+        }
     if (slot->rope != ROPE_NONE) {
         int64_t angle = position * (slot->rope_dim / 2);
         rotate(numbers, slot, slot->cos + angle, slot->sin + angle);
@@ -174,13 +188,15 @@ INLINE void store(float *to, eight numbers, int streaming) {
 
 /* As place_row, for sizes that are multiples of eight and a rotation of halves, or none. */
 INLINE void place_row_by_eights(const struct slot *slot, int precision, int streaming, const uint8_t *row,
-                                const float *scales, int64_t position, float *to) {
-    int32_t dim = slot->dim, half = slot->rope_dim / 2, width = slot->group ? slot->group : dim;
+                                const float *scales, const float *added, int64_t position, float *to) {
+    int32_t dim = slot->dim, half = slot->rope_dim / 2;
     int32_t first = slot->rope != ROPE_NONE ? slot->rope_start : dim, end = first + 2 * half;
 #define SCALED(i) \
     (precision < INT8 ? load(precision, row, i, dim) \
-     : slot->per_channel ? load(precision, row, i, dim) * *(const eight_anywhere *)(scales + (i)) \
-                         : load(precision, row, i, dim) * scales[(i) / width])
+     : slot->group    ? load(precision, row, i, dim) * scales[(i) / slot->group] \
+     : added ? (load(precision, row, i, dim) + *(const eight_anywhere *)(added + (i))) * EIGHT_SCALES(i) \
+             : load(precision, row, i, dim) * EIGHT_SCALES(i))
+#define EIGHT_SCALES(i) (*(const eight_anywhere *)(scales + (i)))
     for (int32_t i = 0; i < first; i += 8) store(to + i, SCALED(i), streaming);
     if (slot->rope == ROPE_NONE) return;
     const float *cosines = slot->cos + position * half, *sines = slot->sin + position * half;
@@ -192,31 +208,41 @@ INLINE void place_row_by_eights(const struct slot *slot, int precision, int stre
     }
     for (int32_t i = end; i < dim; i += 8) store(to + i, SCALED(i), streaming);
 #undef SCALED
+#undef EIGHT_SCALES
 }
 
 static int by_eights(const struct slot *slot, int precision) {
     if (slot->dim % (precision == INT4 ? 16 : 8) || slot->rope == ROPE_INTERLEAVED) return 0;
     if (slot->rope == ROPE_HALF && (slot->rope_start % 8 || slot->rope_dim % 16)) return 0;
-    return precision < INT8 || slot->per_channel || slot->group % 8 == 0;
+    return precision < INT8 || slot->group % 8 == 0;
 }
 
 INLINE void place_tensor(const struct slot *slot, const struct source *source, int precision, int eights, int streaming,
                          int64_t tokens, int64_t position) {
-    float scales[MAX_DIM];
+    float scales[MAX_DIM], refinements[MAX_DIM];
     /* A windowed layer keeps only the tail of the prompt. */
     int64_t unseen = slot->start > position ? slot->start - position : 0;
+    int64_t first = source->first_refined;
     for (int32_t head = 0; head < slot->heads; head++) {
         const uint8_t *row = source->elements + (head * tokens + unseen) * source->row_bytes;
         float *to = slot->rows + head * slot->head_stride + (position + unseen - slot->start) * slot->dim;
-        int64_t same_scales = 0;
+        int64_t end = first;
+        while (end < source->end_refined &&
+               source->refined[end] < source->refined_before + (int64_t)(head + 1) * slot->dim)
+            end++;
+        const float *added = first < end ? refinements : 0;
+        if (added) memset(refinements, 0, (size_t)slot->dim * sizeof(float));
         for (int64_t t = unseen; t < tokens; t++, row += source->row_bytes, to += slot->dim) {
-            if (precision >= INT8 && same_scales-- <= 0)
-                same_scales = read_scales(slot, source, tokens, head, t, scales) - 1;
+            if (precision >= INT8) {
+                if (slot->group || t == unseen) read_scales(slot, source, tokens, head, t, scales);
+                if (added) read_refinements(slot, source, tokens, head, t, first, end, refinements);
+            }
             if (eights)
-                place_row_by_eights(slot, precision, streaming, row, scales, position + t, to);
+                place_row_by_eights(slot, precision, streaming, row, scales, added, position + t, to);
             else
-                place_row(slot, precision, row, scales, position + t, to);
+                place_row(slot, precision, row, scales, added, position + t, to);
         }
+        first = end;
     }
 }
 
@@ -244,23 +270,31 @@ static int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 /* Place a block of `tokens` tokens at `position` into the slots first, first + 1, ..., last - 1 of all `slots`.
  *
- * `slots` are in the order of the payload: keys, then values, layer after layer. Returns 0, or -1 where a head is wider
- * than this code takes or the precision is unknown; then nothing was written. */
+ * `slots` are in the order of the payload: keys, then values, layer after layer. `refined` is how many key channels of
+ * a quantised block are refined, 0 for others. Returns 0, or -1 where a head is wider than this code takes or the
+ * precision is unknown; then nothing was written. */
 int blockrag_place(const struct slot *slots, int32_t first, int32_t last, const uint8_t *payload, int32_t precision,
-                   int64_t tokens, int64_t position) {
+                   int64_t refined, int64_t tokens, int64_t position) {
     static const int64_t bits[] = {0, 32, 16, 16, 8, 4};
     if (precision < FLOAT32 || precision > INT4) return -1;
     for (int32_t s = first; s < last; s++)
         if (slots[s].dim > MAX_DIM) return -1;
-    int64_t offset = 0;
+    const int32_t *channels = (const int32_t *)payload;
+    const uint8_t *refinements = payload + aligned(4 * refined);
+    int64_t offset = aligned(aligned(4 * refined) + refined * ((tokens + 1) / 2));
+    int64_t channel = 0, next = 0;
     for (int32_t s = 0; s < last; s++) {
         const struct slot *slot = &slots[s];
-        struct source source = {0, 0, (slot->dim * bits[precision] + 7) / 8, 0};
+        struct source source = {0, 0, (slot->dim * bits[precision] + 7) / 8, 0, channels, refinements, next, next, channel};
+        if (s % 2 == 0) {
+            channel += (int64_t)slot->heads * slot->dim;
+            while (next < refined && channels[next] < channel) next++;
+            source.end_refined = next;
+        }
         if (precision >= INT8) {
-            int64_t whole = slot->per_channel ? tokens : slot->dim, size = slot->group ? slot->group : whole;
-            source.groups = (whole + size - 1) / size;
+            source.groups = slot->group ? (slot->dim + slot->group - 1) / slot->group : 0;
             source.scales = payload + offset;
-            offset += aligned(2 * slot->heads * source.groups * (slot->per_channel ? slot->dim : tokens));
+            offset += aligned(2 * slot->heads * (slot->group ? tokens * source.groups : slot->dim));
         }
         source.elements = payload + offset;
         offset += slot->heads * tokens * source.row_bytes;

@@ -17,6 +17,7 @@ import torch
 
 from blockrag.kernels.build import library
 from blockrag.kv import BlockKV
+from blockrag.quantize import SCHEMES
 from blockrag.rope import angle_table
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ class _Slot(ctypes.Structure):
         ("rope_start", ctypes.c_int32),
         ("rope_dim", ctypes.c_int32),
         ("group", ctypes.c_int32),
-        ("per_channel", ctypes.c_int32),
         ("streaming", ctypes.c_int32),
     )
 
@@ -113,44 +113,40 @@ class CompiledPlacement:
                 f"tokens {position} to {position + kv.num_tokens} do not fit a run that ends at {self._end}"
             )
         if isinstance(kv, BlockKV):
-            payload, code = kv.data, _DTYPES[kv.data.dtype]
+            payload, code, refined = kv.data, _DTYPES[kv.data.dtype], 0
         else:
-            payload, code = kv.payload, _QUANTIZED[kv.precision]
+            payload, code, refined = kv.payload, _QUANTIZED[kv.precision], kv.map.refined_channels.nbytes // 4
         compiled = library()
         if compiled is None:
             raise AssertionError("of() gives a placement only where there is a library")
-        with self._lock:
-            slots = self._slots.get(code) or self._slots.setdefault(code, self._describe(*_groups(kv)))
         compiled.blockrag_place(
-            slots,
+            self._slots_for(kv, code),
             ctypes.c_int32(2 * layers.start),
             ctypes.c_int32(2 * layers.stop),
             ctypes.c_void_p(payload.data_ptr()),
             ctypes.c_int32(code),
+            ctypes.c_int64(refined),
             ctypes.c_int64(kv.num_tokens),
             ctypes.c_int64(position),
         )
 
-    def _describe(self, key_group: int, value_group: int) -> ctypes.Array[_Slot]:
+    def _slots_for(self, kv: StoredKV, code: int) -> ctypes.Array[_Slot]:
+        with self._lock:
+            if code not in self._slots:
+                value_group = 0 if isinstance(kv, BlockKV) else SCHEMES[kv.precision].value_group
+                self._slots[code] = self._describe(value_group)
+            return self._slots[code]
+
+    def _describe(self, value_group: int) -> ctypes.Array[_Slot]:
         slots = (_Slot * len(self._rows))()
         for index, (slot, r) in enumerate(zip(slots, self._rows, strict=True)):
             keys = index % 2 == 0
             slot.rows, slot.head_stride, slot.start = r.states.data_ptr(), r.states.stride(0), r.start
             slot.heads, slot.dim = r.states.shape[0], r.states.shape[2]
             slot.rope, slot.rope_start, slot.rope_dim = _ROPES[r.rope.kind], r.rope.start, r.rope.dim
-            slot.group, slot.per_channel = key_group if keys else value_group, keys
-            slot.streaming = self._streaming
+            slot.group, slot.streaming = 0 if keys else value_group, self._streaming
             if r.rope.kind != "none":
                 cos, sin = angle_table(r.rope, self._end, torch.device("cpu"))
                 self._tables += (cos, sin)
                 slot.cos, slot.sin = cos.data_ptr(), sin.data_ptr()
         return slots
-
-
-def _groups(kv: StoredKV) -> tuple[int, int]:
-    """Tokens per key scale and channels per value scale; 0 for all of them."""
-    if isinstance(kv, BlockKV):
-        return 0, 0
-    from blockrag.quantize import GROUPS
-
-    return GROUPS[kv.precision]
