@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from blockrag.kv import BlockKV
+from blockrag.quantize import SCHEMES, payload_map
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from blockrag.kv import KVLayout
-    from blockrag.quantize import StoredKV
+    from blockrag.quantize import QuantizedPrecision, StoredKV
 
 __all__ = ["AtRest", "PlacedBlock", "payload_of"]
 
@@ -33,20 +34,30 @@ class AtRest:
         precision: The name of its dtype, or of its quantisation.
         sections: Bytes from the payload's start, shape (2 * layers, 2): for keys and values of each layer in turn, the
             elements and the scales (0 where there are none).
-        borders: Where each layer begins, in bytes, and the last one ends.
+        borders: Where each layer begins, in bytes, and the last one ends; what lies before them belongs to the first.
+        first_channel: The number of each layer's first key channel.
+        refined: Where the numbers of the refined key channels begin, and their refinements; 0 where there are none.
+        num_refined: How many there are.
+        num_channels: Key channels, refined or not.
+        value_group: Channels that share one scale of a token's values; 0 where scales belong to channels.
     """
 
     num_tokens: int
     precision: str
     sections: NDArray[np.int64]
     borders: tuple[int, ...]
+    first_channel: tuple[int, ...]
+    refined: tuple[int, int] = (0, 0)
+    num_refined: int = 0
+    num_channels: int = 0
+    value_group: int = 0
 
     @classmethod
     def of(cls, kv: StoredKV) -> AtRest:
         """How `kv` lies."""
         if isinstance(kv, BlockKV):
             return _floats_at_rest(kv.layout, kv.num_tokens, kv.data.dtype)
-        raise NotImplementedError
+        return _quantized_at_rest(kv.layout, kv.num_tokens, kv.precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,4 +88,25 @@ def _floats_at_rest(layout: KVLayout, num_tokens: int, dtype: torch.dtype) -> At
     sections = np.zeros((len(elements), 2), np.int64)
     sections[:, 0] = np.array(elements, np.int64) * size
     borders = (*(offset * size for offset in layout.offsets), layout.elements_per_token * size)
-    return AtRest(num_tokens, str(dtype).removeprefix("torch."), sections, borders)
+    return AtRest(num_tokens, str(dtype).removeprefix("torch."), sections, borders, (0,) * len(layers))
+
+
+@lru_cache(maxsize=1024)
+def _quantized_at_rest(layout: KVLayout, num_tokens: int, precision: QuantizedPrecision) -> AtRest:
+    where = payload_map(layout, num_tokens, precision)
+    pairs = [
+        pair
+        for one in where.layers
+        for pair in ((one.keys.offset, one.key_scales.offset), (one.values.offset, one.value_scales.offset))
+    ]
+    return AtRest(
+        num_tokens,
+        precision,
+        np.array(pairs, np.int64),
+        (0, *(one.key_scales.offset for one in where.layers[1:]), where.nbytes),
+        where.first_channel[:-1],
+        (where.refined_channels.offset, where.refinements.offset),
+        where.refined_channels.nbytes // 4,
+        where.first_channel[-1],
+        SCHEMES[precision].value_group,
+    )

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TritonPlacement"]
 
-# Tokens a program places: enough to keep its threads busy, few enough that short blocks waste little. A tile of a
-# quantised block's keys must not span two groups of tokens.
+# Tokens a program places: enough to keep its threads busy, few enough that short blocks waste little.
 _TILE: Final = 16
 _WARPS: Final = 4
 _AT_REST: Final = {
@@ -59,20 +58,61 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 
 @_jit
+def _invert(
+    blocks: tl.tensor,
+    number: tl.tensor,
+    ordinals: tl.tensor,
+    CHANNELS: tl.constexpr,
+    REFINED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Which of a block's refined channels a channel is, counted from 1. Grid: tiles of refined channels, blocks.
+
+    `blocks` int64 (blocks): where the refined channels begin, from `number`. `ordinals` int32 (blocks, CHANNELS), zero.
+    """
+    block = tl.program_id(1).to(tl.int64)
+    ordinal = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = ordinal < REFINED
+    channel = tl.load(number + tl.load(blocks + block) + ordinal, mask=mask, other=0)
+    tl.store(ordinals + block * CHANNELS + channel, ordinal + 1, mask=mask)
+
+
+@_jit
+def _refinement(
+    ordinals: tl.tensor,
+    nibbles: tl.tensor,
+    channel: tl.tensor,
+    known: tl.tensor,
+    tokens: tl.tensor,
+    token: tl.tensor,
+    mask: tl.tensor,
+) -> tl.tensor:
+    """What refines a tile of key channels, by their numbers in the block; 0 where nothing does."""
+    ordinal = tl.load(ordinals + channel, mask=known, other=0)
+    width = (tokens + 1) // 2
+    high = token >= width
+    at = (ordinal - 1)[None, :] * width + tl.where(high, token - width, token)[:, None]
+    # 136 is two zeros.
+    pair = tl.load(nibbles + at, mask=tl.where(mask, ordinal[None, :], 0) > 0, other=136).to(tl.int32)
+    return (tl.where(high[:, None], pair >> 4, pair & 15) - 8).to(tl.float32) / 16
+
+
+@_jit
 def _read(
     elements: tl.tensor,
     scales: tl.tensor,
+    ordinals: tl.tensor,
+    nibbles: tl.tensor,
     head: tl.tensor,
     tokens: tl.tensor,
     token: tl.tensor,
-    first: tl.tensor,
     channel: tl.tensor,
     mask: tl.tensor,
     BITS: tl.constexpr,
     DIM: tl.constexpr,
-    KEYS: tl.constexpr,
     GROUP: tl.constexpr,
-) -> Any:
+    CHANNELS: tl.constexpr,
+) -> tl.tensor:
     """Some channels of a tile of one head, shape (tile, channels), as float32."""
     row = (head * tokens + token)[:, None]
     if BITS == 4:
@@ -83,23 +123,16 @@ def _read(
         numbers = (tl.where(high[None, :], pair >> 4, pair & 15) - 8).to(tl.float32)
     else:
         numbers = tl.load(elements + row * DIM + channel[None, :], mask=mask, other=0).to(tl.float32)
+    if CHANNELS > 0:
+        numbers += _refinement(ordinals, nibbles, head * DIM + channel, channel < DIM, tokens, token, mask)
     if BITS <= 8:
-        if KEYS:
-            # Per channel; a tile never spans two groups of tokens.
-            if GROUP == 0:
-                at = head * DIM + channel
-            else:
-                at = (head * ((tokens + GROUP - 1) // GROUP) + first // GROUP) * DIM + channel
-            scale = tl.load(scales + at, mask=channel < DIM, other=0)
+        if GROUP == 0:
+            scale = tl.load(scales + head * DIM + channel, mask=channel < DIM, other=0)
             numbers = numbers * scale.to(tl.float32)[None, :]
         else:
-            if GROUP == 0:
-                scale = tl.load(scales + head * tokens + token, mask=token < tokens, other=0)
-                numbers = numbers * scale.to(tl.float32)[:, None]
-            else:
-                GROUPS: tl.constexpr = (DIM + GROUP - 1) // GROUP
-                scale = tl.load(scales + row * GROUPS + (channel // GROUP)[None, :], mask=mask, other=0)
-                numbers = numbers * scale.to(tl.float32)
+            GROUPS: tl.constexpr = (DIM + GROUP - 1) // GROUP
+            scale = tl.load(scales + row * GROUPS + (channel // GROUP)[None, :], mask=mask, other=0)
+            numbers = numbers * scale.to(tl.float32)
     return numbers
 
 
@@ -111,6 +144,8 @@ def _place(
     slots: tl.tensor,
     payload: tl.tensor,
     scale: tl.tensor,
+    ordinal: tl.tensor,
+    nibble: tl.tensor,
     cache: tl.tensor,
     table: tl.tensor,
     num_sources: tl.tensor,
@@ -123,25 +158,29 @@ def _place(
     HALF_ROOM: tl.constexpr,
     OTHERS: tl.constexpr,
     OTHERS_ROOM: tl.constexpr,
-    KEYS: tl.constexpr,
     GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PAGED: tl.constexpr,
     PACK: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """A tile of a block's tokens, all heads of one tensor. Grid: tiles of the longest block, blocks, tensors.
 
-    `payload`, `scale`, `cache` and `table` only give types and a place to count from: everything is reached by its
-    distance from them, in elements. `blocks` int64 (blocks, 2): tokens, absolute position of the first. `sources`
-    int64 (blocks, num_sources, 2): where elements and scales begin. `targets` int64 (tensors, 8): index into the
-    sources, where the first row begins, elements from head to head and from row to row, absolute position of the first
-    row, where cosines and sines begin, whether it turns. `slots` int64: row of each absolute position, where PAGED.
-    PACK > 0 promises that all of these are multiples of 16 bytes (of 32, for a float32 cache), PACK payload elements.
+    `payload` to `table` only give types and a place to count from: everything is reached by its distance from them, in
+    elements; but `ordinal` is what `_invert` made, with CHANNELS > 0 per row. `blocks` int64 (blocks, 4): tokens,
+    absolute position of the first, row of the ordinals, where the refinements begin. `sources` int64 (blocks,
+    num_sources, 2): where elements and scales begin. `targets` int64 (tensors, 9): index into the sources, where the
+    first row begins, elements from head to head and from row to row, absolute position of the first row, where cosines
+    and sines begin, whether it turns, number of its first key channel. `slots` int64: row of each absolute position,
+    where PAGED. PACK > 0 promises that payload, scales and cache begin, and the cache's rows and heads lie apart, by
+    multiples of 16 bytes (of 32, for a float32 cache), which is PACK elements of the payload.
     """
     block = tl.program_id(1).to(tl.int64)
-    target = targets + tl.program_id(2) * 8
-    tokens = tl.load(blocks + block * 2)
-    position = tl.load(blocks + block * 2 + 1)
+    target = targets + tl.program_id(2) * 9
+    tokens = tl.load(blocks + block * 4)
+    position = tl.load(blocks + block * 4 + 1)
+    ordinals = ordinal + tl.load(blocks + block * 4 + 2) * CHANNELS + tl.load(target + 8)
+    nibbles = nibble + tl.load(blocks + block * 4 + 3)
     source = sources + (block * num_sources + tl.load(target)) * 2
     payload_at = tl.load(source)
     scale_at = tl.load(source + 1)
@@ -161,8 +200,7 @@ def _place(
     elements = payload + payload_at
     scales = scale + scale_at
     rows = cache + cache_at
-    first = tl.program_id(0) * TILE
-    token = first + tl.arange(0, TILE)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     at = position + token
     start = tl.load(target + 4)
     visible = (token < tokens) & (at >= start)
@@ -181,8 +219,36 @@ def _place(
             x_channel = BEGIN + pair
             y_channel = BEGIN + HALF + pair
             for head in range(HEADS):
-                x = _read(elements, scales, head, tokens, token, first, x_channel, both, BITS, DIM, KEYS, GROUP)
-                y = _read(elements, scales, head, tokens, token, first, y_channel, both, BITS, DIM, KEYS, GROUP)
+                x = _read(
+                    elements,
+                    scales,
+                    ordinals,
+                    nibbles,
+                    head,
+                    tokens,
+                    token,
+                    x_channel,
+                    both,
+                    BITS,
+                    DIM,
+                    GROUP,
+                    CHANNELS,
+                )
+                y = _read(
+                    elements,
+                    scales,
+                    ordinals,
+                    nibbles,
+                    head,
+                    tokens,
+                    token,
+                    y_channel,
+                    both,
+                    BITS,
+                    DIM,
+                    GROUP,
+                    CHANNELS,
+                )
                 to = rows + head * head_stride + row[:, None]
                 tl.store(to + x_channel[None, :], (x * cos - y * sin).to(cache.dtype.element_ty), mask=both)
                 tl.store(to + y_channel[None, :], (y * cos + x * sin).to(cache.dtype.element_ty), mask=both)
@@ -191,7 +257,21 @@ def _place(
             xy_channel = BEGIN + pairs
             all_pairs = visible[:, None] & (pairs < 2 * HALF)[None, :]
             for head in range(HEADS):
-                xy = _read(elements, scales, head, tokens, token, first, xy_channel, all_pairs, BITS, DIM, KEYS, GROUP)
+                xy = _read(
+                    elements,
+                    scales,
+                    ordinals,
+                    nibbles,
+                    head,
+                    tokens,
+                    token,
+                    xy_channel,
+                    all_pairs,
+                    BITS,
+                    DIM,
+                    GROUP,
+                    CHANNELS,
+                )
                 x, y = tl.split(tl.reshape(xy, (TILE, HALF_ROOM, 2)))
                 turned = tl.reshape(tl.join(x * cos - y * sin, y * cos + x * sin), (TILE, 2 * HALF_ROOM))
                 to = rows + head * head_stride + row[:, None] + xy_channel[None, :]
@@ -201,7 +281,9 @@ def _place(
         channel = tl.where(other < BEGIN, other, other + 2 * HALF)
         wanted = visible[:, None] & (other < OTHERS)[None, :]
         for head in range(HEADS):
-            x = _read(elements, scales, head, tokens, token, first, channel, wanted, BITS, DIM, KEYS, GROUP)
+            x = _read(
+                elements, scales, ordinals, nibbles, head, tokens, token, channel, wanted, BITS, DIM, GROUP, CHANNELS
+            )
             to = rows + head * head_stride + row[:, None]
             tl.store(to + channel[None, :], x.to(cache.dtype.element_ty), mask=wanted)
 
@@ -236,21 +318,47 @@ class TritonPlacement:
             if r.states.stride(2) != 1:
                 raise InputError(f"rows of strides {r.states.stride()} are not contiguous; keep channels together")
         self._rows, self._end, self._link, self._slots = rows, end, link, slots
+        self._blocks: dict[str, list[PlacedBlock]] = {}
+        self._ordinals: dict[str, torch.Tensor] = {}
         self._tables: dict[RopeSpec, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def launch(self, blocks: Sequence[PlacedBlock], layers: range) -> None:
-        """Write blocks to their rows of some layers, on the device's current stream.
+    def take(self, blocks: Sequence[PlacedBlock]) -> None:
+        """The blocks of the run, all of them, before anything is launched."""
+        for block in blocks:
+            self._blocks.setdefault(block.at_rest.precision, []).append(block)
+
+    def launch(self, layers: range) -> None:
+        """Write the blocks to their rows of some layers, on the device's current stream.
 
         Args:
-            blocks: On the device, or on their way there before anything given to the current stream from now on.
-            layers: A contiguous range of layers.
+            layers: A contiguous range; what the blocks hold of them, and of the first layer, is on the device, or on
+                its way there before anything that the current stream is given from now on.
         """
-        for precision in dict.fromkeys(block.at_rest.precision for block in blocks):
-            alike = [block for block in blocks if block.at_rest.precision == precision]
-            for shape, indices in self._shapes(layers, quantized=_AT_REST[precision][1] <= 8).items():
-                seen = [block for block in alike if block.position + block.at_rest.num_tokens > shape.start]
+        for precision, blocks in self._blocks.items():
+            quantized = _AT_REST[precision][1] <= 8
+            if quantized and precision not in self._ordinals:
+                self._ordinals[precision] = self._inverted(blocks)
+            for shape, indices in self._shapes(layers, quantized=quantized).items():
+                seen = [
+                    (row, block)
+                    for row, block in enumerate(blocks)
+                    if block.position + block.at_rest.num_tokens > shape.start
+                ]
                 if seen and shape.heads and shape.dim:
                     self._launch(precision, shape, seen, indices)
+
+    def _inverted(self, blocks: Sequence[PlacedBlock]) -> torch.Tensor:
+        """See `_invert`; int32, shape (blocks, key channels)."""
+        at_rest, device = blocks[0].at_rest, self._rows[0].states.device
+        ordinals = torch.zeros((len(blocks), max(1, at_rest.num_channels)), dtype=torch.int32, device=device)
+        number = _anchor(torch.int32, device)
+        begins = np.array([block.address + block.at_rest.refined[0] for block in blocks], np.int64)
+        (table,) = self._link.upload((begins - number.data_ptr()) // 4)
+        tile = 256
+        _invert[(-(-at_rest.num_refined // tile), len(blocks))](
+            table, number, ordinals, CHANNELS=ordinals.shape[1], REFINED=at_rest.num_refined, TILE=tile
+        )
+        return ordinals
 
     def _shapes(self, layers: range, *, quantized: bool) -> dict[_Shape, list[int]]:
         """Indices of the tensors, by what their launches differ in."""
@@ -266,21 +374,36 @@ class TritonPlacement:
             shapes.setdefault(key, []).append(index)
         return shapes
 
-    def _launch(self, precision: str, shape: _Shape, blocks: Sequence[PlacedBlock], indices: Sequence[int]) -> None:
+    def _launch(
+        self, precision: str, shape: _Shape, seen: Sequence[tuple[int, PlacedBlock]], indices: Sequence[int]
+    ) -> None:
         dtype, bits = _AT_REST[precision]
         cache = self._rows[indices[0]].states
-        anchors = [_anchor(one, cache.device) for one in (dtype, torch.float16, cache.dtype, torch.float32)]
+        kinds = (dtype, torch.float16, torch.int32, torch.uint8, cache.dtype, torch.float32)
+        anchors = [_anchor(kind, cache.device) for kind in kinds]
+        blocks = [block for _, block in seen]
         bases = np.array([anchor.data_ptr() for anchor in anchors], np.int64)
-        addresses = np.stack([block.at_rest.sections[indices] for block in blocks])
-        addresses += np.array([block.address for block in blocks], np.int64)[:, None, None]
-        sources = (addresses - bases[:2]) // np.array([anchor.element_size() for anchor in anchors[:2]], np.int64)
-        targets = np.array([self._target(at, index, bases) for at, index in enumerate(indices)], np.int64)
+        sizes = np.array([anchor.element_size() for anchor in anchors], np.int64)
+        begins = np.array([block.address for block in blocks], np.int64)
+        addresses = np.stack([block.at_rest.sections[indices] for block in blocks]) + begins[:, None, None]
+        nibbles = np.array([block.at_rest.refined[1] for block in blocks], np.int64) + begins - bases[3]
+        known = np.array(
+            [
+                (block.at_rest.num_tokens, block.position, row, at)
+                for (row, block), at in zip(seen, nibbles, strict=True)
+            ],
+            np.int64,
+        )
+        first_channel = blocks[0].at_rest.first_channel
+        targets = np.array(
+            [(at, *self._target(index, bases), first_channel[index // 2]) for at, index in enumerate(indices)], np.int64
+        )
         aligned = not ((addresses % 16).any() or (targets[:, 1:4] % 8).any() or (targets[:, 5:7] % 4).any())
-        sizes = np.array([(block.at_rest.num_tokens, block.position) for block in blocks], np.int64)
-        tables = self._link.upload(sizes, sources, targets)
+        tables = self._link.upload(known, (addresses - bases[:2]) // sizes[:2], targets)
         half = shape.rope[2] // 2
         others = shape.dim - 2 * half
-        key_group, value_group = _groups(precision)
+        if shape.keys:
+            anchors[2] = self._ordinals[precision]
         tiles = -(-max(block.at_rest.num_tokens for block in blocks) // _TILE)
         _place[(tiles, len(blocks), len(indices))](
             *tables,
@@ -296,8 +419,8 @@ class TritonPlacement:
             HALF_ROOM=_room(half),
             OTHERS=others,
             OTHERS_ROOM=_room(others),
-            KEYS=shape.keys,
-            GROUP=key_group if shape.keys else value_group,
+            GROUP=0 if shape.keys else blocks[0].at_rest.value_group,
+            CHANNELS=anchors[2].shape[1] if shape.keys else 0,
             PAGED=self._slots is not None,
             PACK=16 // anchors[0].element_size() if aligned else 0,
             TILE=_TILE,
@@ -305,13 +428,13 @@ class TritonPlacement:
             enable_fp_fusion=True,
         )
 
-    def _target(self, at: int, index: int, bases: NDArray[np.int64]) -> tuple[int, ...]:
-        """A row of the kernel's `targets`; addresses relative to the anchors, in elements."""
+    def _target(self, index: int, bases: NDArray[np.int64]) -> tuple[int, ...]:
+        """The middle of a row of the kernel's `targets`; addresses relative to the anchors, in elements."""
         rows = self._rows[index]
         states, tables = rows.states, self._angles(rows.rope)
-        first = (states.data_ptr() - int(bases[2])) // states.element_size()
-        cos, sin = ((table.data_ptr() - int(bases[3])) // 4 for table in tables) if tables else (0, 0)
-        return at, first, states.stride(0), states.stride(1), rows.start, cos, sin, tables is not None
+        first = (states.data_ptr() - int(bases[4])) // states.element_size()
+        cos, sin = ((table.data_ptr() - int(bases[5])) // 4 for table in tables) if tables else (0, 0)
+        return first, states.stride(0), states.stride(1), rows.start, cos, sin, int(tables is not None)
 
     def _angles(self, rope: RopeSpec) -> tuple[torch.Tensor, torch.Tensor] | None:
         if rope.kind == "none":
@@ -320,16 +443,6 @@ class TritonPlacement:
         if rope not in self._tables:
             self._tables[rope] = angle_table(rope, self._end, self._rows[0].states.device)
         return self._tables[rope]
-
-
-def _groups(precision: str) -> tuple[int, int]:
-    """Tokens per key scale and channels per value scale; 0 for all of them."""
-    if _AT_REST[precision][1] > 8:
-        return 0, 0
-    from blockrag.quantize import GROUPS
-
-    keys, values = GROUPS[precision]
-    return keys, values
 
 
 @lru_cache(maxsize=64)

@@ -168,6 +168,7 @@ class DevicePlacement:
             defer: Per layer, what takes the function that writes it, to be called before the layer is read, with the
                 stream current that reads it. Without it everything is written by work given to the current stream now.
         """
+        self._kernel.take(self._blocks)
         steps = self._steps()
         for lease, at_rest in self._new:
             # All copies have been asked for: who finds it waits for them.
@@ -223,7 +224,7 @@ class DevicePlacement:
             return self._link.mark()
 
     def _write(self, layers: range) -> None:
-        self._kernel.launch(self._blocks, layers)
+        self._kernel.launch(layers)
         self._unwritten -= len(layers)
         if self._pool is not None:
             self._pool.used(self._link.mark())
@@ -234,4 +235,3 @@ class DevicePlacement:
         for lease in (*self._found, *(lease for lease, _ in self._new)):
             lease.release()
         self._private.clear()
-        self._blocks.clear()
