@@ -111,6 +111,7 @@ def test_a_prompt_without_passages_is_the_query_alone(result: dict[str, Any]) ->
     assert (query["blocks"], query["bytes_at_rest"], query["cache_bytes"], query["search_s"]) == (0, 0, 0, None)
     assert query["flops"]["full"] == query["flops"]["block"]
     assert result["break_even"]["shortest_measured"] == 32
+    assert result["growth"] == {"lengths": [1024], "modes": {}}
     for point in others:
         # float16 at rest, float32 in the cache; headers come on top.
         assert point["bytes_at_rest"] > point["cache_bytes"] / 2 > 0
@@ -188,6 +189,19 @@ def test_decoding_gives_the_tokens_of_generate(tmp_path: Path) -> None:
         assert point["bound_tokens_per_s"] > 0
     assert [one["batch_size"] for one in result["batches"]] == [1, 3]
     assert result["batches"][0]["over_single"] == 1
+
+
+def test_prebuilding_counts_every_way(tmp_path: Path) -> None:
+    points = ["--passages", "5", "--budgets", "128,256", "--repeats", "2", "--to", "memory"]
+    done = bench("prebuild", "--shape", "smoke", *points, "--output", str(tmp_path), "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert list(result["ways"]) == ["prebuild", "batched, 128 tokens", "batched, 256 tokens", "one by one"]
+    assert result["passages"] == 5
+    assert 5 * 20 <= result["tokens"] <= min(5 * 400, *result["padded_tokens"].values())
+    for way in result["ways"].values():
+        assert way["tokens_per_s"]["max"] == pytest.approx(result["tokens"] / way["seconds"]["min"])
+    assert "one by one" in (tmp_path / "prebuild-smoke-cpu" / "prebuild.md").read_text("utf-8")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
@@ -335,7 +349,7 @@ def test_a_file_systems_type_is_that_of_the_longest_mount_point() -> None:
         assert filesystem_of(Path("/proc/self")) == "proc"
 
 
-@pytest.mark.parametrize("command", ["", "ttft", "decode", "compose", "memory", "all"])
+@pytest.mark.parametrize("command", ["", "ttft", "decode", "prebuild", "compose", "memory", "all"])
 def test_help_fits_the_terminal(command: str) -> None:
     done = CliRunner().invoke(app, ["bench", *command.split(), "--help"], env={"COLUMNS": "80"}, prog_name="blockrag")
     assert done.exit_code == 0
@@ -360,6 +374,8 @@ def test_help_fits_the_terminal(command: str) -> None:
         (["decode", "--lengths", "5"], "leaves no passage"),
         (["decode", "--batch-sizes", "0"], "at least 1"),
         (["compose", "--precisions", "int3"], "there is no precision 'int3'"),
+        (["prebuild", "--to", "tape"], "not to 'tape'"),
+        (["prebuild", "--budgets", "0"], "at least 1"),
         (["memory", "--length", "5"], "must exceed"),
     ],
 )
@@ -368,7 +384,7 @@ def test_impossible_arguments_are_refused(arguments: list[str], message: str, tm
         pytest.skip("refused for another reason")
     command, *rest = arguments
     shape = [] if "--shape" in rest else ["--shape", "smoke"]
-    query = [] if command == "compose" else ["--query-tokens", "5"]
+    query = [] if command in ("compose", "prebuild") else ["--query-tokens", "5"]
     done = bench(command, *shape, *query, *rest, "--output", str(tmp_path))
     assert done.exit_code == 2, done.output
     assert message in done.stderr

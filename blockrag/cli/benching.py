@@ -274,6 +274,44 @@ def compose(
     _report(common, measure)
 
 
+@bench.command("prebuild", epilog=EXIT_CODES)
+def prebuild(
+    shape: Shape = _SHAPE,
+    model: Model = None,
+    passages: Annotated[
+        int | None, typer.Option("--passages", min=1, help="How many are prebuilt.", show_default=False)
+    ] = None,
+    to: Annotated[str | None, typer.Option("--to", help="'disk' or 'memory'.", show_default=False)] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", help="Padded tokens per forward to try, e.g. 512,1K.", show_default=False),
+    ] = None,
+    repeats: Repeats = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    precision: Precision = None,
+    threads: Threads = None,
+    seed: SeedOption = 0,
+    note: Note = "",
+    output: OutputDirectory = _OUTPUT,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second that prebuilding reaches.
+
+    Beside the fastest batched forward of the same tokens, and beside one passage at a time.
+    """
+    common = _Common(shape, model, device, dtype, precision, threads, seed, output, note, as_json)
+
+    def measure(out: Output) -> dict[str, Any]:
+        given = _given(passages=passages, to=to, budgets=_numbers("--budgets", budgets), repeats=repeats, seed=seed)
+        from blockrag.evaluation.speed.prebuild import PrebuildSettings, measure_prebuild
+
+        settings = PrebuildSettings(**given)
+        return measure_prebuild(_load(out, common.spec()), settings, note=note, progress=out.note)
+
+    _report(common, measure)
+
+
 @bench.command("memory", epilog=EXIT_CODES)
 def memory(
     shape: Shape = _SHAPE,
@@ -366,6 +404,12 @@ def _short_runs(common: _Common) -> list[Callable[[Output], dict[str, Any]]]:
         )
         return measure_decode(subject(out), settings, note=common.note, progress=out.note)
 
+    def run_prebuild(out: Output) -> dict[str, Any]:
+        from blockrag.evaluation.speed.prebuild import PrebuildSettings, measure_prebuild
+
+        settings = PrebuildSettings(passages=32, budgets=(512, 1024), repeats=2, seed=common.seed)
+        return measure_prebuild(subject(out), settings, note=common.note, progress=out.note)
+
     def run_compose(out: Output) -> dict[str, Any]:
         from blockrag.evaluation.speed.compose import ComposeSettings, measure_compose
 
@@ -379,7 +423,7 @@ def _short_runs(common: _Common) -> list[Callable[[Output], dict[str, Any]]]:
         spec = common.spec()
         return measure_memory(spec, settings, threads=common.threads, note=common.note, progress=out.note)
 
-    return [run_ttft, run_decode, run_compose, run_memory]
+    return [run_ttft, run_decode, run_prebuild, run_compose, run_memory]
 
 
 def _report(common: _Common, *runs: Callable[[Output], dict[str, Any]]) -> None:

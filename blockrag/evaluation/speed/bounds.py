@@ -83,11 +83,18 @@ class Work:
             rates: What the machine reaches.
             at_rest_bytes: Bytes read; by default those of the store.
         """
-        return self._transfer_s(rates, at_rest_bytes) + self.query_s(rates)
+        read = self.at_rest_bytes if at_rest_bytes is None else at_rest_bytes
+        return self._transfer_s(rates, read) + self.query_s(rates)
 
-    def warm_arithmetic_s(self, rates: Rates) -> float:
-        """`warm_s` without the floor that reading the weights sets: the part of it that grows with the prompt."""
-        return self._transfer_s(rates, None) + (self._warm().with_attention or 0) / rates.matrix_flops_per_s
+    def growing_s(self, rates: Rates, *, read_bytes: int | None) -> float:
+        """The part of a warm request that grows with the prompt, without the floor that reading the weights sets.
+
+        Args:
+            rates: What the machine reaches.
+            read_bytes: Bytes of KV states read and placed; None where the cache is there already.
+        """
+        products = (self._warm().with_attention or 0) / rates.matrix_flops_per_s
+        return products + (0.0 if read_bytes is None else self._transfer_s(rates, read_bytes))
 
     def flops(self) -> dict[str, Any]:
         """FLOPs to the first token of the full and the warm prompt, three ways, and the reduction in percent."""
@@ -108,8 +115,7 @@ class Work:
     def _warm(self) -> FirstTokenFlops:
         return flops_to_first_token(num_tokens=self.query, shape=self.shape, reused_tokens=sum(self.blocks))
 
-    def _transfer_s(self, rates: Rates, at_rest_bytes: int | None) -> float:
-        read = self.at_rest_bytes if at_rest_bytes is None else at_rest_bytes
+    def _transfer_s(self, rates: Rates, read: int) -> float:
         # A copy reads and writes every byte.
         seconds = (read + self.cache_bytes) / (2 * rates.copy_bytes_per_s)
         if rates.upload_bytes_per_s is not None:

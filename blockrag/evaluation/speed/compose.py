@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from blockrag.evaluation.speed.machine import Rates
     from blockrag.evaluation.speed.shapes import Subject
     from blockrag.prompt import Block
+    from blockrag.quantize import StoredKV
 
 __all__ = ["ComposeSettings", "measure_compose"]
 
@@ -146,7 +147,7 @@ def _measure_point(
     }
 
 
-def _fill(subject: Subject, blocks: Sequence[Block], store: MemoryStore, seed: int) -> list[Any]:
+def _fill(subject: Subject, blocks: Sequence[Block], store: MemoryStore, seed: int) -> list[StoredKV]:
     """Put random KV states of the blocks into a store; returns them as they read back."""
     generator = torch.Generator().manual_seed(seed)
     fingerprint = subject.model.fingerprint.digest

@@ -26,8 +26,8 @@ from blockrag.rope import angle_table
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-    from blockrag.kv import BlockKV
     from blockrag.model.profile import ModelProfile
+    from blockrag.quantize import StoredKV
     from blockrag.rope import RopeSpec
 
 __all__ = ["SeedBlocks"]
@@ -46,7 +46,7 @@ class SeedBlocks:
             the published code does not handle.
     """
 
-    def __init__(self, model: PreTrainedModel, profile: ModelProfile, blocks: Sequence[BlockKV]) -> None:
+    def __init__(self, model: PreTrainedModel, profile: ModelProfile, blocks: Sequence[StoredKV]) -> None:
         self._model = model
         self._ropes = [rope.keys for rope in profile.regimes[0].ropes]
         if not seed_can_compose(profile):

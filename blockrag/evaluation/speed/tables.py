@@ -101,16 +101,15 @@ def _facts(result: dict[str, Any]) -> list[str]:
         else:
             lines.append(f"{label(mode)}: ahead of full prefill from about {tokens:,.0f} tokens on")
     growth = result["growth"]
-    if growth["bound_s_per_token"]:
-        span = f"{growth['lengths'][0]:,} to {growth['lengths'][-1]:,} tokens"
+    if growth["modes"]:
+        grown = (
+            f"{label(mode)} {one['s_per_token'] * 1e6:.2f}"
+            + (f" (**{one['over_bound']:.1f}x** of {one['bound_s_per_token'] * 1e6:.2f})" if one["over_bound"] else "")
+            for mode, one in growth["modes"].items()
+        )
         lines.append(
-            f"growth from {span}, least squares, in microseconds per token: bandwidth and attention arithmetic gives "
-            f"{growth['bound_s_per_token'] * 1e6:.2f}; "
-            + "; ".join(
-                f"{label(mode)} {one * 1e6:.2f} ({growth['over_bound'][mode]:.1f}x)"
-                for mode, one in growth["s_per_token"].items()
-                if one is not None
-            )
+            f"growth from {growth['lengths'][0]:,} to {growth['lengths'][-1]:,} tokens in microseconds per token, "
+            f"least squares, over what bandwidth and attention arithmetic gives: {'; '.join(grown)}"
         )
     searches = [(point["blocks"], point["search_s"]["median"]) for point in result["points"] if point["search_s"]]
     if searches:
@@ -264,5 +263,30 @@ def memory(result: dict[str, Any]) -> list[str]:
 
 
 def prebuild(result: dict[str, Any]) -> list[str]:
-    """Tokens indexed per second."""
-    return [_heading(result, "Prebuilding")]
+    """Tokens per second of each way."""
+    bound = result["bound_tokens_per_s"]
+    rows = []
+    for name, way in result["ways"].items():
+        rate = way["tokens_per_s"]
+        rows.append(
+            [
+                name,
+                spread_cell(way["seconds"]),
+                f"**{rate['median']:,.0f}** ({rate['min']:,.0f} to {rate['max']:,.0f})",
+                "unknown" if bound is None else f"{rate['median'] / bound:.0%}",
+                milliseconds(way["processor_s"]["median"]),
+            ]
+        )
+    settings = result["settings"]
+    return [
+        _heading(result, "Prebuilding"),
+        f"{result['passages']} passages of 20 to 400 tokens, {result['tokens']:,} together, "
+        f"{size(result['bytes_at_rest'])} at rest. Each way computes all of them anew, median (least to most) of "
+        f"{settings['repeats']}, taking turns. *prebuild* is `BlockModel.materialize` to {settings['to']}: forwards, "
+        "un-rotation, encoding, storing. *batched* is the forwards alone, without the language-model head, nothing "
+        "kept, by padded tokens per forward. *one by one* is each passage alone through the whole model.",
+        table(["way", "milliseconds", "tokens per second", "of the bound", "processor ms"], rows),
+        f"Fastest runs: prebuilding reaches {result['of_batched']:.0%} of the best batched forward, and "
+        f"{result['over_one_by_one']:.1f} times one passage at a time. The bound is the products with the weights at "
+        "this machine's matrix rate, without those of attention.",
+    ]

@@ -301,23 +301,23 @@ def _ratios(modes: dict[str, dict[str, Any]], measure: str) -> dict[str, float]:
 
 def _growth(points: Sequence[dict[str, Any]], raw: Sequence[_Point], rates: Rates, subject: Subject) -> dict[str, Any]:
     """Seconds per token by which each warm mode grows between 1K and 32K tokens, beside what arithmetic gives."""
-    chosen = [(point, work) for point, work in zip(points, raw, strict=True) if point["prompt_tokens"] in _GROWTH]
+    chosen = [(point, one) for point, one in zip(points, raw, strict=True) if point["prompt_tokens"] in _GROWTH]
     lengths = [point["prompt_tokens"] for point, _ in chosen]
-    works = [_work(subject, one) for _, one in chosen]
-    bound = (
-        slope(lengths, [work.warm_arithmetic_s(rates) for work in works if work is not None]) if all(works) else None
-    )
-    slopes = {
-        mode: slope(lengths, [point["modes"][mode]["ttft_s"]["median"] for point, _ in chosen])
-        for mode in (points[0]["modes"] if points else ())
-        if mode not in ("full", "cold")
-    }
-    return {
-        "lengths": lengths,
-        "bound_s_per_token": bound,
-        "s_per_token": slopes,
-        "over_bound": {mode: one / bound if one and bound else None for mode, one in slopes.items()},
-    }
+    works = [work for _, one in chosen if (work := _work(subject, one)) is not None]
+    modes = {}
+    for mode in raw[0].samples:
+        taken = slope(lengths, [point["modes"][mode]["ttft_s"]["median"] for point, _ in chosen])
+        if mode in ("full", "cold") or taken is None:
+            continue
+        bound = slope(lengths, [_growing_s(work, mode, rates) for work in works]) if works else None
+        over = None if bound is None else taken / bound
+        modes[mode] = {"s_per_token": taken, "bound_s_per_token": bound, "over_bound": over}
+    return {"lengths": lengths, "modes": modes}
+
+
+def _growing_s(work: Work, mode: str, rates: Rates) -> float:
+    read = {"kept": None, "seed": work.cache_bytes}.get(mode, work.at_rest_bytes)
+    return work.growing_s(rates, read_bytes=read)
 
 
 def _break_even(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
