@@ -16,8 +16,8 @@
 enum { FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3, INT8 = 4, INT4 = 5 };
 enum { ROPE_NONE = 0, ROPE_HALF = 1, ROPE_INTERLEAVED = 2 };
 
-/* The widest head that is taken. */
-enum { MAX_DIM = 1024 };
+/* The widest head that is taken, and the tokens whose refinements are unpacked at a time. */
+enum { MAX_DIM = 1024, TILE = 8 };
 
 /* Where the keys, or the values, of one layer go; blockrag/kernels/place.py has the same fields. */
 struct slot {
@@ -36,6 +36,9 @@ struct slot {
 };
 
 static float half_to_float(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#endif
     /* Exponent and mantissa moved into place and rescaled, which is right for subnormal numbers too. */
     union { uint32_t bits; float value; } number = {(uint32_t)(half & 0x7fff) << 13}, scale = {(254u - 15u) << 23};
     number.value *= scale.value;
@@ -107,14 +110,19 @@ static void read_scales(const struct slot *slot, const struct source *source, in
         halves_to_floats(at + (int64_t)head * slot->dim, scales, slot->dim);
 }
 
-/* What refinement adds to the numbers of one token of a head; zero where a channel is not refined. */
+/* What refinement adds to the numbers of `count` tokens of a head; zero where a channel is not refined.
+ *
+ * Several tokens at a time: a vector read right behind the single numbers written into it would have to wait. */
 static void read_refinements(const struct slot *slot, const struct source *source, int64_t tokens, int32_t head,
-                             int64_t token, int64_t first, int64_t end, float *restrict added) {
-    int64_t bytes = (tokens + 1) / 2, high = token >= bytes;
-    int64_t before = source->refined_before + (int64_t)head * slot->dim;
+                             int64_t token, int64_t count, int64_t first, int64_t end, float *restrict added) {
+    int64_t bytes = (tokens + 1) / 2, before = source->refined_before + (int64_t)head * slot->dim;
     for (int64_t r = first; r < end; r++) {
-        int32_t pair = source->refinements[r * bytes + token - (high ? bytes : 0)];
-        added[source->refined[r] - before] = (float)((high ? pair >> 4 : pair & 15) - 8) * 0.0625f;
+        const uint8_t *pairs = source->refinements + r * bytes;
+        float *column = added + (source->refined[r] - before);
+        for (int64_t t = token; t < token + count; t++) {
+            int32_t number = t < bytes ? pairs[t] & 15 : pairs[t - bytes] >> 4;
+            column[(t - token) * slot->dim] = (float)(number - 8) * 0.0625f;
+        }
     }
 }
 
@@ -145,17 +153,36 @@ static void place_row(const struct slot *slot, int precision, const uint8_t *row
 typedef float eight __attribute__((vector_size(32)));
 typedef float eight_anywhere __attribute__((vector_size(32), aligned(4)));
 typedef int32_t eight_ints __attribute__((vector_size(32)));
-typedef int8_t eight_bytes __attribute__((vector_size(8), aligned(1)));
-typedef uint8_t eight_nibbles __attribute__((vector_size(8), aligned(1)));
-typedef uint16_t eight_halves __attribute__((vector_size(16), aligned(2)));
-
 #define INLINE static inline __attribute__((always_inline))
+
+/* Eight integers of one or two bytes as 32-bit ones. Compilers widen vectors of half a register poorly. */
+#if defined(__AVX2__)
+INLINE eight_ints widen_signed(const uint8_t *from) {
+    return (eight_ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+}
+INLINE eight_ints widen_unsigned(const uint8_t *from) {
+    return (eight_ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+}
+INLINE eight_ints widen_halves(const uint8_t *from) {
+    return (eight_ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+#else
+#define WIDEN(name, type) \
+    INLINE eight_ints name(const uint8_t *from) { \
+        eight_ints numbers; \
+        for (int k = 0; k < 8; k++) numbers[k] = ((const type *)from)[k]; \
+        return numbers; \
+    }
+WIDEN(widen_signed, int8_t)
+WIDEN(widen_unsigned, uint8_t)
+WIDEN(widen_halves, uint16_t)
+#undef WIDEN
+#endif
 
 /* Channels i to i + 7 of a row at rest, without scales. */
 INLINE eight load(int precision, const uint8_t *row, int32_t i, int32_t dim) {
     if (precision == FLOAT32) return *(const eight_anywhere *)(row + 4 * i);
-    if (precision == BFLOAT16)
-        return (eight)(__builtin_convertvector(*(const eight_halves *)(row + 2 * i), eight_ints) << 16);
+    if (precision == BFLOAT16) return (eight)(widen_halves(row + 2 * i) << 16);
     if (precision == FLOAT16) {
 #if defined(__F16C__)
         return (eight)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(row + 2 * i)));
@@ -167,10 +194,10 @@ INLINE eight load(int precision, const uint8_t *row, int32_t i, int32_t dim) {
     }
     eight_ints numbers;
     if (precision == INT8) {
-        numbers = __builtin_convertvector(*(const eight_bytes *)(row + i), eight_ints);
+        numbers = widen_signed(row + i);
     } else {
         int32_t high = i >= dim / 2;
-        eight_ints pairs = __builtin_convertvector(*(const eight_nibbles *)(row + (high ? i - dim / 2 : i)), eight_ints);
+        eight_ints pairs = widen_unsigned(row + (high ? i - dim / 2 : i));
         numbers = (high ? pairs >> 4 : pairs & 15) - 8;
     }
     return __builtin_convertvector(numbers, eight);
@@ -189,11 +216,11 @@ INLINE void store(float *to, eight numbers, int streaming) {
 /* As place_row, for sizes that are multiples of eight and a rotation of halves, or none. */
 INLINE void place_row_by_eights(const struct slot *slot, int precision, int streaming, const uint8_t *row,
                                 const float *scales, const float *added, int64_t position, float *to) {
-    int32_t dim = slot->dim, half = slot->rope_dim / 2;
+    int32_t dim = slot->dim, half = slot->rope_dim / 2, group_bits = slot->group ? __builtin_ctz(slot->group) : 0;
     int32_t first = slot->rope != ROPE_NONE ? slot->rope_start : dim, end = first + 2 * half;
 #define SCALED(i) \
     (precision < INT8 ? load(precision, row, i, dim) \
-     : slot->group    ? load(precision, row, i, dim) * scales[(i) / slot->group] \
+     : slot->group    ? load(precision, row, i, dim) * scales[(i) >> group_bits] \
      : added ? (load(precision, row, i, dim) + *(const eight_anywhere *)(added + (i))) * EIGHT_SCALES(i) \
              : load(precision, row, i, dim) * EIGHT_SCALES(i))
 #define EIGHT_SCALES(i) (*(const eight_anywhere *)(scales + (i)))
@@ -214,12 +241,13 @@ INLINE void place_row_by_eights(const struct slot *slot, int precision, int stre
 static int by_eights(const struct slot *slot, int precision) {
     if (slot->dim % (precision == INT4 ? 16 : 8) || slot->rope == ROPE_INTERLEAVED) return 0;
     if (slot->rope == ROPE_HALF && (slot->rope_start % 8 || slot->rope_dim % 16)) return 0;
-    return precision < INT8 || slot->group % 8 == 0;
+    /* Groups of a power of two, no less than eight, or none. */
+    return precision < INT8 || (slot->group % 8 == 0 && (slot->group & (slot->group - 1)) == 0);
 }
 
 INLINE void place_tensor(const struct slot *slot, const struct source *source, int precision, int eights, int streaming,
                          int64_t tokens, int64_t position) {
-    float scales[MAX_DIM], refinements[MAX_DIM];
+    float scales[MAX_DIM], refinements[TILE * MAX_DIM];
     /* A windowed layer keeps only the tail of the prompt. */
     int64_t unseen = slot->start > position ? slot->start - position : 0;
     int64_t first = source->first_refined;
@@ -230,13 +258,17 @@ INLINE void place_tensor(const struct slot *slot, const struct source *source, i
         while (end < source->end_refined &&
                source->refined[end] < source->refined_before + (int64_t)(head + 1) * slot->dim)
             end++;
-        const float *added = first < end ? refinements : 0;
-        if (added) memset(refinements, 0, (size_t)slot->dim * sizeof(float));
+        int refined = first < end;
+        if (refined) memset(refinements, 0, (size_t)(TILE * slot->dim) * sizeof(float));
         for (int64_t t = unseen; t < tokens; t++, row += source->row_bytes, to += slot->dim) {
             if (precision >= INT8) {
                 if (slot->group || t == unseen) read_scales(slot, source, tokens, head, t, scales);
-                if (added) read_refinements(slot, source, tokens, head, t, first, end, refinements);
+                if (refined && (t - unseen) % TILE == 0) {
+                    int64_t count = tokens - t < TILE ? tokens - t : TILE;
+                    read_refinements(slot, source, tokens, head, t, count, first, end, refinements);
+                }
             }
+            const float *added = refined ? refinements + (t - unseen) % TILE * slot->dim : 0;
             if (eights)
                 place_row_by_eights(slot, precision, streaming, row, scales, added, position + t, to);
             else
