@@ -367,6 +367,22 @@ def test_batches_are_bounded_by_number_and_by_length(monkeypatch):
     assert [[document.id for document in batch] for batch in batches] == [["0", "1", "2"], ["3"], ["4", "5"], ["6"]]
 
 
+def test_small_documents_share_forwards(house):
+    """A forward costs as much as some dozens of tokens, and a document may have fewer."""
+    small = [Document(f"d{i}", f"word {i}") for i in range(200)]
+    rows = []
+    hook = house.model.model.base_model.register_forward_pre_hook(
+        lambda module, args, named: rows.append(named["input_ids"].shape[0]), with_kwargs=True
+    )
+    try:
+        report = house.ingest(small)
+    finally:
+        hook.remove()
+    assert sum(rows) == report.blocks_new == 200
+    assert len(rows) <= 2 * report.tokens_new / house.model._batch_tokens + 2
+    house.check()
+
+
 @pytest.mark.parametrize("name", ["max_passage_tokens", "batch_documents"])
 def test_sizes_without_room_are_refused(house, name):
     with pytest.raises(InputError, match=f"{name} is 0"):

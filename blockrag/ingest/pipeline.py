@@ -90,7 +90,7 @@ def ingest(
     model: PrefillModel | None,
     store: BlockStore,
     max_passage_tokens: int = 256,
-    batch_documents: int = 64,
+    batch_documents: int = 256,
     progress: Progress | None = None,
     prune: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -112,7 +112,8 @@ def ingest(
         model: Computes the KV states. None: passages are only indexed, and blocks are computed by the first question.
         store: Receives the KV states.
         max_passage_tokens: Most tokens of a passage's text.
-        batch_documents: Documents per commit; fewer where they are long.
+        batch_documents: Documents per commit; fewer where they are long. Blocks of one commit share forwards, so that
+            many small documents take few.
         progress: Told how far the pass is.
         prune: Afterwards remove every document of the index that the sources do not have. Nothing is removed when
             a source could not be read to its end, or no document was found: a folder that is not mounted today must
