@@ -58,6 +58,11 @@ class Link:
         """Within, work goes to the queue of copies instead of the current stream."""
         yield
 
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Within, this is the device that kernels are launched on."""
+        yield
+
     def mark(self) -> Mark:
         """What has been given to the current stream so far."""
         return Mark()
@@ -151,6 +156,11 @@ class CudaLink(Link):
     @contextmanager
     def copying(self) -> Iterator[None]:  # noqa: D102 -- as for every link; also below
         with torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
+    def current(self) -> Iterator[None]:  # noqa: D102
+        with torch.cuda.device(self.device):
             yield
 
     def mark(self) -> Mark:  # noqa: D102

@@ -51,7 +51,8 @@ _KINDS: Final = {"none": 0, "half": 1, "interleaved": 2}
 def _jit(function: Callable[..., Any]) -> Any:
     """Compiled where there is a device to compile for, else interpreted."""
     if torch.cuda.is_available():
-        return triton.jit(function)
+        # It is 1 for some models; that needs no code of its own.
+        return triton.jit(function, do_not_specialize=["num_sources"])
     from triton.runtime.interpreter import InterpretedFunction
 
     return InterpretedFunction(function)
@@ -334,18 +335,19 @@ class TritonPlacement:
             layers: A contiguous range; what the blocks hold of them, and of the first layer, is on the device, or on
                 its way there before anything that the current stream is given from now on.
         """
-        for precision, blocks in self._blocks.items():
-            quantized = _AT_REST[precision][1] <= 8
-            if quantized and precision not in self._ordinals:
-                self._ordinals[precision] = self._inverted(blocks)
-            for shape, indices in self._shapes(layers, quantized=quantized).items():
-                seen = [
-                    (row, block)
-                    for row, block in enumerate(blocks)
-                    if block.position + block.at_rest.num_tokens > shape.start
-                ]
-                if seen and shape.heads and shape.dim:
-                    self._launch(precision, shape, seen, indices)
+        with self._link.current():
+            for precision, blocks in self._blocks.items():
+                self._launch_precision(precision, blocks, layers)
+
+    def _launch_precision(self, precision: str, blocks: Sequence[PlacedBlock], layers: range) -> None:
+        quantized = _AT_REST[precision][1] <= 8
+        if quantized and precision not in self._ordinals:
+            self._ordinals[precision] = self._inverted(blocks)
+        for shape, indices in self._shapes(layers, quantized=quantized).items():
+            ends = [block.position + block.at_rest.num_tokens for block in blocks]
+            seen = [(row, block) for row, block in enumerate(blocks) if ends[row] > shape.start]
+            if seen and shape.heads and shape.dim:
+                self._launch(precision, shape, seen, indices)
 
     def _inverted(self, blocks: Sequence[PlacedBlock]) -> torch.Tensor:
         """See `_invert`; int32, shape (blocks, key channels)."""
@@ -356,7 +358,13 @@ class TritonPlacement:
         (table,) = self._link.upload((begins - number.data_ptr()) // 4)
         tile = 256
         _invert[(-(-at_rest.num_refined // tile), len(blocks))](
-            table, number, ordinals, CHANNELS=ordinals.shape[1], REFINED=at_rest.num_refined, TILE=tile
+            table,
+            number,
+            ordinals,
+            CHANNELS=ordinals.shape[1],
+            REFINED=at_rest.num_refined,
+            TILE=tile,
+            enable_fp_fusion=True,
         )
         return ordinals
 

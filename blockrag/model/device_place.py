@@ -11,9 +11,11 @@ there. Nothing here knows where blocks come from.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
@@ -23,14 +25,18 @@ import torch
 
 from blockrag.kernels.at_rest import AtRest, PlacedBlock, payload_of
 from blockrag.kernels.device import link_to
+from blockrag.kernels.place import Rows
+from blockrag.kv import BlockKV, KVLayout, LayerShape
+from blockrag.rope import RopeSpec
 
 if TYPE_CHECKING:
     from blockrag.kernels.device import Link, Mark
-    from blockrag.kernels.place import Rows
     from blockrag.model.device_pool import DevicePool, Lease
     from blockrag.quantize import StoredKV
 
 __all__ = ["Defer", "DevicePlacement"]
+
+logger = logging.getLogger(__name__)
 
 # Called with what writes a layer; to be run before the layer is first read.
 Defer = Callable[[Callable[[], None]], None]
@@ -116,7 +122,7 @@ class DevicePlacement:
         device = rows[0].states.device
         if pool is not None and pool.link.device != device:
             pool = None
-        if (pool is None and device.type != "cuda") or find_spec("triton") is None:
+        if (pool is None and device.type != "cuda") or not _works(device):
             return None
         return cls(rows, end, pool=pool)
 
@@ -235,3 +241,26 @@ class DevicePlacement:
         for lease in (*self._found, *(lease for lease, _ in self._new)):
             lease.release()
         self._private.clear()
+
+
+@lru_cache(maxsize=16)
+def _works(device: torch.device) -> bool:
+    """Whether the kernel can be built and does what it should here; said once where it cannot."""
+    if find_spec("triton") is None:
+        logger.warning("Triton is not installed: blocks are placed on %s by torch, one tensor at a time", device)
+        return False
+    kv = BlockKV(KVLayout((LayerShape(1, 1, 1, 1),)), 2, torch.arange(4.0, device=device))
+    rows = [Rows(torch.zeros(1, 2, 1, device=device), 0, RopeSpec()) for _ in range(2)]
+    try:
+        placement = DevicePlacement(rows, 2)
+        placement.place(kv, [0])
+        placement.finish()
+        found = torch.cat([one.states.flatten() for one in rows]).tolist()
+    except Exception as error:
+        # Triton compiles at run time, with the machine's compiler: what it raises is not known beforehand.
+        logger.warning("Triton does not work on %s, blocks are placed by torch: %s", device, error)
+        return False
+    if found != [0.0, 1.0, 2.0, 3.0]:
+        logger.warning("Triton gives wrong results on %s (%s), blocks are placed by torch", device, found)
+        return False
+    return True
