@@ -14,14 +14,6 @@
 
 #include "vectors.h"
 
-#ifdef _OPENMP
-enum { PARALLEL = 1 };
-int omp_get_thread_num(void); /* omp.h may be missing where the runtime is torch's */
-#else
-enum { PARALLEL = 0 };
-static int omp_get_thread_num(void) { return 0; }
-#endif
-
 enum {
     TILE = 64,         /* tokens at a time: their keys and values stay in the first-level cache */
     FEW = LANES / 2,   /* rows that have the tokens in the lanes; more cost less than a vector of them */
@@ -29,7 +21,6 @@ enum {
     LEAST_SPLIT = 256, /* tokens that are worth a unit of their own */
     LEAST_FLOATS = 1 << 14, /* keys and values whose reading is worth a thread */
     LEAST_PRODUCTS = 1 << 18, /* products that are worth a thread */
-    LINE = 16,         /* floats that memory brings at a time */
 };
 
 typedef uint64_t mask_tile __attribute__((vector_size(TILE), aligned(1), may_alias));

@@ -13,7 +13,7 @@ import torch
 
 from blockrag.kernels.build import library
 
-__all__ = ["attend", "takes"]
+__all__ = ["attend", "takes", "usable"]
 
 _Strides: Final = ctypes.c_int64 * 3
 
@@ -45,15 +45,19 @@ class _Attention(ctypes.Structure):
     )
 
 
-def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
-    """Whether `attend` computes this, and faster than torch: float32 in host memory, rows contiguous, no gradients.
+def usable() -> bool:
+    """Whether there is a compiled kernel, and a faster one than torch's.
 
-    Measured faster for every number of queries and tokens, decoding and prefill, so shapes do not matter.
+    Measured with vectors of eight floats and more it is faster for every number of queries and tokens, in decoding and
+    in prefill; with vectors of four (SSE, NEON) it is not.
     """
     compiled = library()
-    if compiled is None or torch.compiler.is_compiling():
-        return False
-    if not compiled.blockrag_attention_pays(torch.get_num_threads()):
+    return compiled is not None and bool(compiled.blockrag_attention_pays(torch.get_num_threads()))
+
+
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> bool:
+    """Whether `attend` computes this: float32 in host memory, rows contiguous, no gradients, nothing empty."""
+    if not usable() or torch.compiler.is_compiling():
         return False
     if mask is not None and (mask.dtype != torch.bool or not _readable(mask)):
         return False

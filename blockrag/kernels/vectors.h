@@ -23,6 +23,17 @@ enum { LANES = 4, ROWS = 4 };
 #endif
 enum { WIDE = 3 };
 
+/* Floats that memory brings at a time. */
+enum { LINE = 16 };
+
+#ifdef _OPENMP
+enum { PARALLEL = 1 };
+int omp_get_thread_num(void); /* omp.h may be missing where the runtime is torch's */
+#else
+enum { PARALLEL = 0 };
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));

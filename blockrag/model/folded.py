@@ -20,8 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from blockrag.kernels.attention import attend, takes
-from blockrag.kernels.build import library
+from blockrag.kernels.attention import attend, takes, usable
 
 __all__ = ["FOLDED_ATTENTION", "folded_attention", "folded_mask"]
 
@@ -132,7 +131,7 @@ def folded_mask(**arguments: Any) -> torch.Tensor | None:
 
 def _plainly_causal(arguments: dict[str, Any]) -> bool:
     """Whether the last query sees every token, the one before it all but the last, and so on; False when unsure."""
-    if library() is None or torch.device(arguments.get("device", "cpu")).type != "cpu":
+    if not usable() or torch.device(arguments.get("device", "cpu")).type != "cpu":
         return False
     if arguments.get("dtype") is not torch.float32 or not arguments.get("allow_is_causal_skip", True):
         return False
