@@ -89,7 +89,7 @@ class BlockWriter:
             A key, the KV states as they read back, and the bytes at rest; in the order of the batches.
         """
         for key, data in self._stored(missing, regime, store, must_store=must_store):
-            kv = codec.decode(data, key=key, fingerprint=self.fingerprint, layout=self.profile.layout)
+            kv = codec.view_encoded(data, layout=self.profile.layout)
             yield key, kv, len(data)
 
     def materialize(
