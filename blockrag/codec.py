@@ -39,7 +39,16 @@ from blockrag.fingerprint import FORMAT_VERSION, check_fingerprint, check_key
 from blockrag.kv import BlockKV, KVLayout, LayerShape, explain_unfit
 from blockrag.quantize import QuantizedKV, QuantizedPrecision, StoredKV, payload_map, quantize_into
 
-__all__ = ["BlockHeader", "Precision", "decode", "encode", "encoded_nbytes", "read_header", "view_encoded"]
+__all__ = [
+    "BlockHeader",
+    "Precision",
+    "decode",
+    "encode",
+    "encoded_nbytes",
+    "payload_nbytes",
+    "read_header",
+    "view_encoded",
+]
 
 _FloatPrecision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Precision: TypeAlias = Literal[_FloatPrecision, QuantizedPrecision]
@@ -102,7 +111,19 @@ def encoded_nbytes(layout: KVLayout, num_tokens: int, precision: Precision) -> i
     Raises:
         InputError: `precision` is not one of the known ones.
     """
-    return _payload_offset(layout.num_layers) + _payload_bytes(layout, num_tokens, _checked(precision))
+    return _payload_offset(layout.num_layers) + payload_nbytes(layout, num_tokens, precision)
+
+
+def payload_nbytes(layout: KVLayout, num_tokens: int, precision: Precision) -> int:
+    """Bytes of the KV states of a block of `num_tokens` tokens at rest, scales included, without the header.
+
+    Raises:
+        InputError: `precision` is not one of the known ones.
+    """
+    _checked(precision)
+    if precision == "int8" or precision == "int4":
+        return payload_map(layout, num_tokens, precision).nbytes
+    return layout.nbytes(num_tokens, _DTYPES[precision].itemsize)
 
 
 def encode(kv: BlockKV, *, key: str, fingerprint: str, precision: Precision) -> bytearray:
@@ -127,7 +148,7 @@ def encode(kv: BlockKV, *, key: str, fingerprint: str, precision: Precision) -> 
     if kv.data.numel() == 0 or not kv.data.is_floating_point():
         raise InputError(f"cannot encode {kv.data.numel()} elements of {kv.data.dtype}; pass floating-point KV states")
     offset = _payload_offset(kv.layout.num_layers)
-    payload_bytes = _payload_bytes(kv.layout, kv.num_tokens, precision)
+    payload_bytes = payload_nbytes(kv.layout, kv.num_tokens, precision)
     out = bytearray(offset + payload_bytes)
     payload = torch.frombuffer(out, dtype=torch.uint8, offset=offset)
     if precision == "int8" or precision == "int4":
@@ -247,7 +268,7 @@ def _parse(view: memoryview, *, verify: bool = True) -> _Fields:
     layout = _unpack_layers(layers)
     if num_tokens < 1 or layout.elements_per_token < 1:
         raise DamagedBlockError(f"the header promises {num_tokens} tokens of {num_layers} layers", reason="shape")
-    if _payload_bytes(layout, num_tokens, precision) != payload_bytes:
+    if payload_nbytes(layout, num_tokens, precision) != payload_bytes:
         message = f"{num_tokens} tokens of this layout in {precision} do not make {payload_bytes} bytes"
         raise DamagedBlockError(message, reason="shape")
     return _Fields(precision, offset, key, fingerprint, num_tokens, payload_bytes, layers)
@@ -302,12 +323,6 @@ def _as_bytes(data: memoryview | bytes | bytearray) -> memoryview:
         raise InputError(
             f"{type(data).__name__} is no contiguous byte buffer ({error}); pass bytes-like data"
         ) from None
-
-
-def _payload_bytes(layout: KVLayout, num_tokens: int, precision: Precision) -> int:
-    if precision == "int8" or precision == "int4":
-        return payload_map(layout, num_tokens, precision).nbytes
-    return layout.nbytes(num_tokens, _DTYPES[precision].itemsize)
 
 
 def _checked(precision: Precision) -> Precision:

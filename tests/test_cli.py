@@ -256,6 +256,22 @@ def test_ingest_twice_computes_once(tmp_path: Path, model: str, documents: Path)
     assert shown.stderr == ""
 
 
+def test_precision_is_remembered(tmp_path: Path, model: str, documents: Path) -> None:
+    path = tmp_path / "index"
+    first = run_json("ingest", documents, "--path", path, "--model", model, "--precision", "int8")
+    assert (first["precision"], first["blocks_new"]) == ("int8", 3)
+    assert find_settings(path) == Settings(model=model, precision="int8")
+    asked = run_json("query", QUESTION, "--path", path)
+    assert asked["usage"]["blocks_computed"] == 1, "the query block; the passages were found"
+    # Other numbers at rest are other blocks.
+    again = run_json("ingest", documents, "--path", path, "--precision", "float32")
+    assert (again["precision"], again["blocks_new"]) == ("float32", 3)
+    assert run("ingest", documents, "--path", path, "--precision", "int16").exit_code == 2
+    settings_file = path / "blockrag.json"
+    settings_file.write_text(settings_file.read_text("utf-8").replace("float32", "int16"), "utf-8")
+    assert "precision cannot be 'int16'" in refused(3, "query", QUESTION, "--path", path)
+
+
 def test_ingest_goes_on_past_bad_documents(tmp_path: Path, index: Path, documents: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": "ok", "text": "Dorn is a country."}\n{"no": "text"}\nnot json\n', "utf-8")

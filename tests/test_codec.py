@@ -11,9 +11,18 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockrag.codec import BlockHeader, decode, encode, encoded_nbytes, read_header
+from blockrag.codec import (
+    BlockHeader,
+    decode,
+    encode,
+    encoded_nbytes,
+    payload_nbytes,
+    read_header,
+    view_encoded,
+)
 from blockrag.errors import DamagedBlockError, InputError
 from blockrag.kv import BlockKV, KVLayout, LayerShape
+from blockrag.quantize import QuantizedKV, StoredKV, quantize
 
 KEY = "ab" * 32
 FINGERPRINT = "cd" * 16
@@ -21,6 +30,8 @@ UNIFORM = KVLayout((LayerShape(2, 4, 2, 4),) * 2)
 # Multi-head latent attention: one key head that is wider than the value, and a layer with more heads.
 MIXED = KVLayout((LayerShape(1, 7, 1, 3), LayerShape(3, 2, 5, 1)))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = ("int8", "int4")
+PRECISIONS = (*DTYPES, *QUANTIZED)
 
 
 def make_kv(layout: KVLayout = UNIFORM, num_tokens: int = 3, dtype: torch.dtype = torch.float32) -> BlockKV:
@@ -33,7 +44,7 @@ def encoded(precision: str = "float32", layout: KVLayout = UNIFORM, num_tokens: 
     return encode(make_kv(layout, num_tokens), key=KEY, fingerprint=FINGERPRINT, precision=precision)
 
 
-def read(data: bytes | bytearray | memoryview, layout: KVLayout = UNIFORM) -> BlockKV:
+def read(data: bytes | bytearray | memoryview, layout: KVLayout = UNIFORM) -> StoredKV:
     return decode(data, key=KEY, fingerprint=FINGERPRINT, layout=layout)
 
 
@@ -74,6 +85,40 @@ def test_other_dtypes_are_rounded_as_torch_rounds(source, precision):
     assert torch.equal(back.keys(1), kv.keys(1).to(DTYPES[precision]))
 
 
+@given(
+    layout=layouts,
+    num_tokens=st.integers(1, 9),
+    precision=st.sampled_from(QUANTIZED),
+    source=st.sampled_from([*DTYPES]),
+)
+@settings(max_examples=40, deadline=None)
+def test_quantised_states_come_back_bit_for_bit(layout, num_tokens, precision, source):
+    kv = make_kv(layout, num_tokens, DTYPES[source])
+    data = encode(kv, key=KEY, fingerprint=FINGERPRINT, precision=precision)
+    back = decode(data, key=KEY, fingerprint=FINGERPRINT, layout=layout)
+    assert len(data) == encoded_nbytes(layout, num_tokens, precision)
+    assert isinstance(back, QuantizedKV)
+    assert (back.num_tokens, back.precision) == (num_tokens, precision)
+    assert back.nbytes == payload_nbytes(layout, num_tokens, precision)
+    assert torch.equal(back.payload, quantize(kv, precision).payload)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_was_just_encoded_is_viewed_as_it_is_decoded(precision):
+    data = encoded(precision, MIXED)
+    seen, decoded = view_encoded(data, layout=MIXED), read(data, MIXED)
+    assert type(seen) is type(decoded)
+    assert (seen.layout, seen.num_tokens) == (MIXED, 3)
+    for layer in range(MIXED.num_layers):
+        assert torch.equal(seen.keys(layer), decoded.keys(layer))
+        assert torch.equal(seen.values(layer), decoded.values(layer))
+    # Over the same bytes, and without reading them for a checksum.
+    data[-1] ^= 1
+    with pytest.raises(DamagedBlockError):
+        read(data, MIXED)
+    assert not torch.equal(view_encoded(data, layout=MIXED).values(1), quantize(make_kv(MIXED), "int8").values(1))
+
+
 def test_a_tensor_that_needs_gradients_is_encoded_without_them():
     kv = make_kv()
     kv.data.requires_grad_(True)
@@ -96,6 +141,11 @@ def test_the_format_does_not_change_unnoticed():
     kv = BlockKV(layout=UNIFORM, num_tokens=2, data=torch.arange(64, dtype=torch.float32))
     data = encode(kv, key=KEY, fingerprint=FINGERPRINT, precision="float16")
     assert xxhash.xxh3_128_hexdigest(bytes(data)) == "f0f6a534cc11ee80c0b528675721037e"
+    digests = [
+        xxhash.xxh3_128_hexdigest(bytes(encode(kv, key=KEY, fingerprint=FINGERPRINT, precision=precision)))
+        for precision in QUANTIZED
+    ]
+    assert digests == ["17701fe14e1d6feeab1caea9fc596e81", "f9b9f23799b63219ea99059bba1e5ebc"]
 
 
 class TestCopies:
@@ -133,7 +183,7 @@ class TestCopies:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("precision", sorted(DTYPES))
+    @pytest.mark.parametrize("precision", PRECISIONS)
     def test_every_flipped_bit_is_noticed(self, precision):
         data = encoded(precision, KVLayout((LayerShape(1, 2, 1, 2),)), 2)
         for bit in range(len(data) * 8):
@@ -224,6 +274,36 @@ class TestDamage:
         assert caught.value.reason == reason
         assert peak < 1 << 20
 
+    @pytest.mark.parametrize("precision", QUANTIZED)
+    @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+    @pytest.mark.parametrize("part", ["key_scales", "value_scales"])
+    def test_a_bad_scale_under_a_right_checksum_is_refused(self, precision, scale, part):
+        data = encoded(precision, MIXED)
+        kv = read(data, MIXED)
+        assert isinstance(kv, QuantizedKV)
+        section = getattr(kv.sections(1), part)
+        offset = len(data) - kv.nbytes + section.offset + section.nbytes - 2
+        with pytest.raises(DamagedBlockError, match="scale") as caught:
+            read(patched(data, offset, "<e", scale), MIXED)
+        assert caught.value.reason == "scale"
+
+    @pytest.mark.parametrize("precision", QUANTIZED)
+    @pytest.mark.parametrize("channel", [-1, 13, 2**31 - 1])
+    def test_a_refined_channel_that_is_none_is_refused(self, precision, channel):
+        data = encoded(precision, MIXED)
+        kv = read(data, MIXED)
+        assert isinstance(kv, QuantizedKV)
+        offset = len(data) - kv.nbytes
+        with pytest.raises(DamagedBlockError, match="channel") as caught:
+            read(patched(data, offset, "<i", channel), MIXED)
+        assert caught.value.reason == "channel"
+
+    @pytest.mark.parametrize(("at_rest", "claimed"), [("int8", 5), ("int4", 4), ("float16", 4), ("int8", 3)])
+    def test_another_precision_than_the_payloads_is_refused(self, at_rest, claimed):
+        with pytest.raises(DamagedBlockError) as caught:
+            read(patched(encoded(at_rest, MIXED), 10, "<H", claimed), MIXED)
+        assert caught.value.reason == "shape"
+
     def test_forged_header_without_elements_is_refused(self):
         empty = patched(encoded()[:128], 88, "<Q", 0)
         with pytest.raises(DamagedBlockError) as caught:
@@ -232,7 +312,7 @@ class TestDamage:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("precision", sorted(DTYPES))
+    @pytest.mark.parametrize("precision", PRECISIONS)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize(("layer", "part"), [(0, "keys"), (1, "values")])
     def test_nonfinite_elements_are_refused_with_their_layer(self, precision, value, layer, part):
@@ -254,6 +334,13 @@ class TestBadInput:
         kv.values(0)[0, 0, 0] = torch.finfo(torch.float32).max
         with pytest.raises(InputError, match=r"layer 0: the values reach 3\.40282e\+38, bfloat16 .* use float32"):
             encode(kv, key=KEY, fingerprint=FINGERPRINT, precision="bfloat16")
+
+    @pytest.mark.parametrize("precision", QUANTIZED)
+    def test_what_overflows_float16_fits_integers(self, precision):
+        kv = make_kv()
+        kv.keys(1)[0, 0, 0] = 70000.0
+        back = read(encode(kv, key=KEY, fingerprint=FINGERPRINT, precision=precision))
+        assert back.keys(1)[0, 0, 0] == pytest.approx(70000, rel=1e-3)
 
     def test_largest_float16_fits(self):
         kv = make_kv()

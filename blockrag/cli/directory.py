@@ -1,6 +1,6 @@
 """An index directory and what it remembers: `blockrag.json`, the choices it was built with.
 
-    DIR/blockrag.json   model, encoder, attention, passage length, byte budget
+    DIR/blockrag.json   model, encoder, attention, precision, passage length, byte budget
     DIR/index/          the passages
     DIR/kv/             their KV states
 
@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blockrag.cli.options import PrecisionChoice
 from blockrag.cli.output import Output, quiet_transformers
 from blockrag.errors import InputError, PassageIndexError
 
 if TYPE_CHECKING:
+    from blockrag.codec import Precision
     from blockrag.index import PassageIndex
     from blockrag.model.block_model import Attention
     from blockrag.rag import BlockRAG
@@ -53,6 +55,7 @@ class Settings:
         model: "demo", a hub id, or the absolute path of a saved model.
         encoder: What `open_encoder` takes.
         attention: "block" or "full".
+        precision: Of the stored KV states; None for the model's default.
         max_passage_tokens: Longest passage, in the model's tokens.
         max_bytes: Byte budget of the stored KV states; None for no limit.
     """
@@ -60,6 +63,7 @@ class Settings:
     model: str = "demo"
     encoder: str = "lexical"
     attention: Attention = "block"
+    precision: Precision | None = None
     max_passage_tokens: int = 256
     max_bytes: int | None = None
 
@@ -129,6 +133,7 @@ def prepare(
     model: str | None = None,
     encoder: str | None = None,
     attention: Attention | None = None,
+    precision: Precision | None = None,
     max_passage_tokens: int | None = None,
     max_bytes: int | None = None,
     switch_model: bool = False,
@@ -159,7 +164,12 @@ def prepare(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the directory {path} cannot be made ({error.strerror}); pass another --path") from error
-    changes = {"encoder": encoder, "attention": attention, "max_passage_tokens": max_passage_tokens}
+    changes = {
+        "encoder": encoder,
+        "attention": attention,
+        "precision": precision,
+        "max_passage_tokens": max_passage_tokens,
+    }
     given = {name: value for name, value in changes.items() if value is not None}
     settings = replace(known, model=wanted, max_bytes=known.max_bytes if max_bytes is None else max_bytes)
     return replace(settings, **given)  # type: ignore[arg-type]
@@ -219,6 +229,7 @@ def open_settings(out: Output, path: Path, settings: Settings) -> Iterator[Block
             encoder=settings.encoder,
             path=path,
             attention=settings.attention,
+            precision=settings.precision,
             max_bytes=settings.max_bytes,
         )
     with rag:
@@ -249,10 +260,13 @@ def _checked(settings: Settings) -> Settings:
     """Refuse values of a wrong type, which dataclasses accept."""
     for field in fields(Settings):
         value = getattr(settings, field.name)
-        text = field.name in ("model", "encoder", "attention")
-        valid = isinstance(value, str) if text else isinstance(value, int) or (value is None and "bytes" in field.name)
+        text = field.name in ("model", "encoder", "attention", "precision")
+        optional = value is None and field.name in ("precision", "max_bytes")
+        valid = optional or isinstance(value, str if text else int)
         if not valid or isinstance(value, bool):
             raise TypeError(f"{field.name} cannot be {value!r}")
     if settings.attention not in ("block", "full"):
         raise ValueError(f"attention cannot be {settings.attention!r}")
+    if settings.precision not in (None, *PrecisionChoice.__members__):
+        raise ValueError(f"precision cannot be {settings.precision!r}")
     return settings

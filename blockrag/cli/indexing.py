@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from blockrag.cli.directory import built_with, open_parts, open_settings, prepare, remember
-from blockrag.cli.options import AsJson, AttentionOption, Encoder, IndexPath, Model, attention_of
+from blockrag.cli.options import (
+    AsJson,
+    AttentionOption,
+    Encoder,
+    IndexPath,
+    Model,
+    PrecisionOption,
+    attention_of,
+    precision_of,
+)
 from blockrag.cli.output import PARTLY_FAILED, clean, reporting
 from blockrag.errors import InputError
 
@@ -43,6 +52,7 @@ def ingest(
     model: Model = None,
     encoder: Encoder = None,
     attention: AttentionOption = None,
+    precision: PrecisionOption = None,
     max_passage_tokens: MaxPassageTokens = None,
     prune: Prune = False,
     max_bytes: MaxBytes = None,
@@ -52,7 +62,8 @@ def ingest(
     """Index documents, store their KV states.
 
     What is there already and has not changed costs no model work; a pass that was stopped goes on where it was.
-    Model ('demo' at first), encoder ('lexical'), attention and passage length are remembered in DIR/blockrag.json.
+    Model ('demo' at first), encoder ('lexical'), attention, precision and passage length are remembered in
+    DIR/blockrag.json.
     """
     with reporting(as_json) as out:
         for source in sources:
@@ -66,6 +77,7 @@ def ingest(
             model=model,
             encoder=encoder,
             attention=attention_of(attention),
+            precision=precision_of(precision),
             max_passage_tokens=max_passage_tokens,
             max_bytes=None if max_bytes is None else parse_bytes(max_bytes),
             switch_model=switch_model,

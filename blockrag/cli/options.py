@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from blockrag.codec import Precision
     from blockrag.model.block_model import Attention
     from blockrag.model.sampling import GenerationOptions
 
@@ -22,11 +23,14 @@ __all__ = [
     "IndexPath",
     "MaxNewTokens",
     "Model",
+    "PrecisionChoice",
+    "PrecisionOption",
     "Seed",
     "Temperature",
     "TopK",
     "attention_of",
     "generation_options",
+    "precision_of",
 ]
 
 
@@ -35,6 +39,16 @@ class AttentionChoice(str, Enum):
 
     block = "block"
     full = "full"
+
+
+class PrecisionChoice(str, Enum):
+    """How the numbers of stored KV states are kept."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
@@ -51,6 +65,10 @@ AttentionOption = Annotated[
     AttentionChoice | None,
     typer.Option("--attention", help="'block' reuses stored blocks, 'full' computes the whole prompt."),
 ]
+PrecisionOption = Annotated[
+    PrecisionChoice | None,
+    typer.Option("--precision", help="Of the stored KV states; by default 16 bits, or what was used before."),
+]
 TopK = Annotated[int, typer.Option("-k", "--top-k", min=0, help="Passages per question.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 for greedy decoding, else sampling.")]
@@ -60,6 +78,11 @@ Dtype = Annotated[str, typer.Option("--dtype", help="'auto', 'float32', 'bfloat1
 
 
 def attention_of(choice: AttentionChoice | None) -> Attention | None:
+    """The choice as the library takes it."""
+    return None if choice is None else choice.value
+
+
+def precision_of(choice: PrecisionChoice | None) -> Precision | None:
     """The choice as the library takes it."""
     return None if choice is None else choice.value
 

@@ -138,7 +138,10 @@ def _dtype(probed: BlockModel) -> str:
 
 
 def _token_bytes(probed: BlockModel, profile: ModelProfile) -> int:
-    return profile.layout.nbytes(1, 4 if probed.precision == "float32" else 2)
+    from blockrag.codec import payload_nbytes
+
+    # Scales are kept once per block: what a token takes depends a little on how long the block is.
+    return round(payload_nbytes(profile.layout, 256, probed.precision) / 256)
 
 
 def _as_json(name: str, probed: BlockModel, profile: ModelProfile) -> dict[str, object]:

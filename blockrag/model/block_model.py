@@ -88,8 +88,8 @@ class BlockModel:
         attention: "block" composes prompts from stored blocks; "full" prefills them whole. Every call can choose
             again; "full" here also loads models that cannot be composed.
         store: Where KV states are kept; by default 2 GiB of memory.
-        precision: Precision at rest: "float32", "bfloat16" or "float16"; by default the computing dtype where it has
-            16 bits, and float16 where it has 32.
+        precision: Precision at rest: "float32", "bfloat16", "float16", "int8" or "int4"; by default the computing
+            dtype where it has 16 bits, and float16 where it has 32. See docs/storage.md for what int8 and int4 change.
         namespace: Blocks stored under one namespace are not found from another.
         facts: What is known of the checkpoint's block fine-tuning; `from_pretrained` reads it from the checkpoint.
         kept_bytes: Bytes of finished prompts whose passages stay composed for the next prompt that opens with the same
