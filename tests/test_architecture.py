@@ -18,7 +18,7 @@ PACKAGE = Path(blockrag.__file__).parent
 LAYERS = [
     {"errors", "passage"},
     {"rope", "attention"},
-    {"kv", "codec", "fingerprint", "prompt", "kernels"},
+    {"kv", "quantize", "codec", "fingerprint", "prompt", "kernels"},
     {"model", "compose", "stores", "encoders", "demo"},
     {"index", "ingest"},
     {"rag", "finetune", "evaluation"},
