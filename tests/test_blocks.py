@@ -476,7 +476,7 @@ def test_a_store_on_disk_serves_another_process_of_the_same_model(make_model: Ma
             second.close()
 
 
-@pytest.mark.parametrize("precision", ["int8", "FLOAT16", "fp16"])
+@pytest.mark.parametrize("precision", ["int16", "FLOAT16", "fp16"])
 def test_an_unknown_precision_is_refused(make_model: Make, precision: str) -> None:
     with pytest.raises(InputError, match=rf"precision='{precision}' is not one of 'float32'"):
         make_model(precision=precision)
