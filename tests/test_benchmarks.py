@@ -25,7 +25,7 @@ from blockrag.evaluation.speed.compose import ComposeSettings
 from blockrag.evaluation.speed.decode import DecodeSettings
 from blockrag.evaluation.speed.forward import stock_attention
 from blockrag.evaluation.speed.frame import crossing, slope, spread, take_turns
-from blockrag.evaluation.speed.machine import Rates, filesystem_of
+from blockrag.evaluation.speed.machine import Rates, busy_share, busy_warning, filesystem_of
 from blockrag.evaluation.speed.memory import MemorySettings
 from blockrag.evaluation.speed.prompts import PromptSettings, cut, random_prompt
 from blockrag.evaluation.speed.seed import SeedBlocks
@@ -342,6 +342,14 @@ def test_samples_become_a_spread_a_slope_and_a_crossing() -> None:
     assert crossing([100, 400], [2, 1], [1, 2]) is None
     # Ahead, behind, ahead again: what counts is the last time.
     assert crossing([1, 10, 100], [2, 1, 2], [1, 2, 1]) == pytest.approx(10**1.5)
+
+
+def test_a_busy_machine_is_noticed() -> None:
+    share = busy_share()
+    assert share is None or 0 <= share <= 1
+    assert busy_warning(None) is None
+    assert busy_warning(0.05) is None
+    assert "90% of this machine's processors" in str(busy_warning(0.9))
 
 
 def test_a_file_systems_type_is_that_of_the_longest_mount_point() -> None:

@@ -18,10 +18,11 @@ import torch
 
 from blockrag.evaluation.speed.machine import (
     Rates,
+    busy_share,
+    busy_warning,
     commit,
     describe_machine,
     load_average,
-    load_warning,
     measure_rates,
     versions,
 )
@@ -61,12 +62,13 @@ class Frame:
     warnings: list[str] = field(default_factory=list)
     _before: Rates | None = None
     _load: float | None = None
+    _busy: float | None = None
     _started: float = 0.0
 
     def open(self) -> None:
         """Measure what the machine reaches before the benchmark, and say when it looks busy."""
-        self._load, self._started = load_average(), time.perf_counter()
-        if warning := load_warning(self._load):
+        self._load, self._busy, self._started = load_average(), busy_share(), time.perf_counter()
+        if warning := busy_warning(self._busy):
             self.warn(warning)
         self._before = self._rates()
 
@@ -104,6 +106,7 @@ class Frame:
             "versions": versions(),
             "machine": describe_machine(self.subject.device),
             "load_average": {"before": self._load, "after": load_average()},
+            "busy_before": self._busy,
             "duration_s": time.perf_counter() - self._started,
             "rates": asdict(rates),
             "model": self.subject.describe(),

@@ -24,16 +24,19 @@ import blockrag
 
 __all__ = [
     "Rates",
+    "busy_share",
+    "busy_warning",
     "commit",
     "describe_machine",
     "filesystem_of",
     "load_average",
-    "load_warning",
     "measure_rates",
     "synchronize",
     "versions",
 ]
 
+# Above this share something else than a desktop's housekeeping runs.
+_BUSY = 0.15
 _PACKAGE = Path(blockrag.__file__).resolve().parent
 
 
@@ -157,12 +160,37 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def load_warning(load: float | None) -> str | None:
-    """What to say when other work seems to use a good part of the machine, before a measurement has begun."""
-    cores = os.cpu_count() or 1
-    if load is None or load < 0.5 * cores:
+def busy_share() -> float | None:
+    """The share of all processor time that others take while this process waits; None where the system does not say.
+
+    The load average would count this process's own work of the last minute.
+    """
+    # Threads that spin for a while after their work stop first.
+    time.sleep(0.2)
+    before = _processor_ticks()
+    time.sleep(0.3)
+    after = _processor_ticks()
+    if before is None or after is None or after[1] <= before[1]:
         return None
-    return f"load average {load} on {cores} cores before the start: other work runs here, and times will be too long"
+    return round((after[0] - before[0]) / (after[1] - before[1]), 3)
+
+
+def busy_warning(share: float | None) -> str | None:
+    """What to say when other work uses a good part of the machine before a measurement has begun."""
+    if share is None or share < _BUSY:
+        return None
+    return f"other work takes {share:.0%} of this machine's processors: times will be too long"
+
+
+def _processor_ticks() -> tuple[int, int] | None:
+    """Ticks of all processors so far, the busy ones and all of them (proc(5), /proc/stat)."""
+    try:
+        fields = Path("/proc/stat").read_text("utf-8").splitlines()[0].split()[1:9]
+    except OSError:
+        return None
+    ticks = [int(field) for field in fields]
+    idle = ticks[3] + ticks[4]
+    return sum(ticks) - idle, sum(ticks)
 
 
 def filesystem_of(path: Path) -> str | None:

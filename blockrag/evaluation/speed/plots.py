@@ -119,11 +119,7 @@ def _ttft_parts(result: dict[str, Any]) -> Figure | None:
     for axes, mode in zip(panels, modes, strict=True):
         bottoms = [0.0] * len(points)
         for part, (color, hatch) in _PARTS.items():
-            entries = [point["modes"][mode] for point in points]
-            totals = [sum(entry["parts_s"].values()) for entry in entries]
-            shares = [
-                100 * entry["parts_s"].get(part, 0.0) / total for entry, total in zip(entries, totals, strict=True)
-            ]
+            shares = [_share(point["modes"][mode]["parts_s"], part) for point in points]
             if max(shares) < 0.1:
                 continue
             axes.bar(
@@ -152,6 +148,14 @@ def _ttft_parts(result: dict[str, Any]) -> Figure | None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(f"Where the time goes: {_subject(result)}", fontsize=13, x=0.01, ha="left")
     return figure
+
+
+def _share(parts: dict[str, float], part: str) -> float:
+    """Percent of the whole; what has no color of its own counts as other."""
+    seconds = parts.get(part, 0.0)
+    if part == "other_s":
+        seconds += sum(taken for name, taken in parts.items() if name not in _PARTS)
+    return 100 * seconds / sum(parts.values())
 
 
 def _decode(result: dict[str, Any]) -> Figure:

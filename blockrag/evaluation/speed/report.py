@@ -75,12 +75,13 @@ def _provenance(result: dict[str, Any]) -> str:
     machine, rates, model, load = (result[name] for name in ("machine", "rates", "model", "load_average"))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     commit = "blockrag as installed" if result["commit"] is None else f"commit {result['commit'][:12]}"
+    busy = "" if result["busy_before"] is None else f"; {result['busy_before']:.0%} busy with other work before"
     upload = rates["upload_bytes_per_s"]
     lines = [
         f"`{result['command']}`",
         f"{result['date']}, {commit}{' with local changes' if result['modified'] else ''}; {versions}",
         f"{place(result)} of a machine with {machine['cores']} cores; load average {load['before']} before, "
-        f"{load['after']} after; {result['duration_s']:.0f} s in all"
+        f"{load['after']} after{busy}; {result['duration_s']:.0f} s in all"
         + (f"; {result['note']}" if result["note"] else ""),
         f"measured before and after, the higher of the two: copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"matrix product {rate(rates['matrix_flops_per_s'])} in {model['compute_dtype']}"
