@@ -147,6 +147,14 @@ def test_other_systems_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+def test_clang_brings_a_runtime_of_its_own_so_it_goes_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc -D__clang__")
+    assert build._tools().openmp is None
+    assert "-fopenmp" not in build._tools().compile
+    assert again() is None
+
+
+@pytest.mark.usefixtures("compiler")
 def test_sources_that_do_not_compile(sources: Path) -> None:
     (sources / "wrong.c").write_text("int wrong(void) { return nothing; }\n")
     assert "nothing" in (again() or "")

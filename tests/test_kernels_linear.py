@@ -67,7 +67,7 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     states, weight = torch.randn(1, 5, 16), torch.randn(8, 16)
     assert not takes(states, weight, None), "gradients are on"
     with torch.no_grad():
-        # Elsewhere than on AMD processors with AVX-512 it takes nothing.
+        # Without AVX-512 it takes nothing.
         taken = takes(states, weight, None)
         assert taken == bool(library().blockrag_linear_pays(torch.get_num_threads()))  # type: ignore[union-attr]
         assert takes(states, weight, torch.zeros(8)) == taken

@@ -182,12 +182,13 @@ def _name(key: str, content: bytes) -> str:
 
 def _build(directory: Path, key: str, tools: _Tools) -> Path:
     """Compile and link beside the final place, then rename: other processes may be building the same."""
-    sources = sorted(_SOURCES.glob("*.c"))
     with tempfile.TemporaryDirectory(dir=directory, prefix="building-") as work:
-        _run([*tools.compile, "-c", *map(str, sources)], cwd=Path(work))
+        objects = []
+        for source in sorted(_SOURCES.glob("*.c")):
+            objects.append(f"{source.stem}.o")
+            _run([*tools.compile, "-c", str(source), "-o", objects[-1]], cwd=Path(work))
         # Linked by its file, because -fopenmp would link the compiler's own runtime.
         runtime = [str(tools.openmp)] if tools.openmp else []
-        objects = [f"{source.stem}.o" for source in sources]
         _run([*tools.compiler, "-shared", *objects, *runtime, "-o", "built.so"], cwd=Path(work))
         built = Path(work) / "built.so"
         built.chmod(0o700)

@@ -140,15 +140,8 @@ static void chunk(const struct linear *l, int64_t first, int64_t last) {
     for (; n < last; n++) rest(l, row, n, 1);
 }
 
-/* Whether this build beats torch's product: measured where torch's library takes narrower code than the processor has. */
-int blockrag_linear_pays(int32_t threads) {
-#if defined(__AVX512F__)
-    return __builtin_cpu_is("amd") && (PARALLEL || threads == 1);
-#else
-    (void)threads;
-    return 0;
-#endif
-}
+/* Whether this build can beat oneDNN: with vectors of eight it was measured not to, and one thread loses to many. */
+int blockrag_linear_pays(int32_t threads) { return LANES >= 16 && (PARALLEL || threads == 1); }
 
 /* Floats of scratch that the product needs. */
 int64_t blockrag_linear_scratch(const struct linear *l) { return vectors_of(l) * LANES * l->in_features; }
