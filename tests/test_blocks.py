@@ -207,7 +207,8 @@ def test_a_store_with_room_for_some_blocks_answers_and_evicts(make_model: Make) 
     one = len(model.store.get(model.block_key(prompt.blocks[0].token_ids)) or b"")
     small = MemoryStore(max_bytes=2 * one)
     for _ in range(3):
-        assert torch.equal(composed_logits(model, prompt, store=small), expected)
+        # Another batch may round the recomputed blocks otherwise.
+        assert (composed_logits(model, prompt, store=small) - expected).abs().max() <= 1e-5
         assert small.stats().blocks == 2
 
 

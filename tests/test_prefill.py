@@ -27,6 +27,16 @@ def some_ids(rows: int = 3, tokens: int = 21) -> torch.Tensor:
     return torch.randint(0, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(3))
 
 
+def captured(model: Any, *, early: bool) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    taken: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take(place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        taken[place] = keys, values
+
+    capture(model, structure_of(model), some_ids(), 5, take, early=early)
+    return taken
+
+
 @torch.no_grad()
 def logits_of(model: Any) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=some_ids()).logits
@@ -42,11 +52,10 @@ def test_a_forward_that_ends_early_gives_the_same_states_and_leaves_no_trace(cas
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules.values()]
     config, logits = model.config.to_dict(), logits_of(model)
 
-    whole = capture(model, structure, some_ids(), 5, early=False)
-    early = capture(model, structure, some_ids(), 5, early=True)
-    for index, (one, other) in enumerate(zip(early, whole, strict=True)):
-        assert torch.equal(one.keys, other.keys), f"layer {index}"
-        assert torch.equal(one.values, other.values), f"layer {index}"
+    whole, early = (captured(model, early=early) for early in (False, True))
+    assert len(whole) == len(early) == len(structure.indices)
+    for place, states in whole.items():
+        assert all(map(torch.equal, early[place], states)), f"layer {place}"
 
     assert torch.equal(logits_of(model), logits), "the next forward is a whole one"
     assert model.config.to_dict() == config
@@ -63,10 +72,10 @@ def test_nothing_runs_behind_the_last_states() -> None:
 
     for name in ("layers.2.mlp", "layers.3.self_attn.v_proj", "layers.3.self_attn.o_proj", "layers.3.mlp", "norm"):
         model.base_model.get_submodule(name).register_forward_hook(note(name))
-    capture(model, structure_of(model), some_ids(), 0, early=True)
+    captured(model, early=True)
     assert ran == ["layers.2.mlp", "layers.3.self_attn.v_proj"]
     ran.clear()
-    capture(model, structure_of(model), some_ids(), 0, early=False)
+    captured(model, early=False)
     assert len(ran) == 5
 
 
@@ -74,10 +83,10 @@ def test_asking_for_hidden_states_later_still_works() -> None:
     """transformers installs its recorders when they are first asked for, and an ended forward is no obstacle."""
     model = tiny_model(CASES[0])
     expected = tiny_model(CASES[0])(input_ids=some_ids(), output_hidden_states=True).hidden_states
-    capture(model, structure_of(model), some_ids(), 0, early=True)
+    captured(model, early=True)
     assert all(map(torch.equal, model(input_ids=some_ids(), output_hidden_states=True).hidden_states, expected))
     model.config.output_hidden_states = True
-    capture(model, structure_of(model), some_ids(), 0, early=True)
+    captured(model, early=True)
     assert all(map(torch.equal, model(input_ids=some_ids()).hidden_states, expected)), "none kept from before"
 
 

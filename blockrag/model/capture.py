@@ -7,14 +7,15 @@ configuration and its output recorders on the way out (`finally` in `merge_with_
 `capture_outputs`), and attention has no state of its own. Whether a model hands over in the early forward what it
 hands over in a whole one is asked of it by the probe (`blockrag.model.profile`).
 
-Nothing here knows what the states are for.
+The states are handed on layer by layer, so that no more of them are kept than the caller wants. Nothing here knows
+what they are for.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
     from blockrag.model.cache import LayerStructure
 
-__all__ = ["CaptureLayer", "capture"]
+__all__ = ["CaptureLayer", "Take", "capture"]
+
+Take: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class _AllCaptured(Exception):
@@ -32,42 +35,39 @@ class _AllCaptured(Exception):
 
 
 class CaptureLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer for one forward from an empty cache: keeps the states it is given, whatever the layer's window is.
+    """A layer for one forward from an empty cache: hands on the states it is given, whatever the layer's window is.
 
     transformers' windowed layer drops all but the last tokens, which a stored block needs.
 
     Args:
-        index: The layer's place in the cache.
+        place: The layer's place among those that keep states.
+        take: Where its states go.
         awaited: The places that have no states yet, shared by the layers of a cache; the layer that takes the last
-            one out ends the forward. None: nobody ends it.
+            one out ends the forward. None: nobody ends it, and the layer keeps its states for models that look.
     """
 
-    def __init__(self, index: int, awaited: set[int] | None) -> None:
+    def __init__(self, place: int, take: Take, awaited: set[int] | None) -> None:
         super().__init__()
-        self._index, self._awaited = index, awaited
+        self._place, self._take, self._awaited = place, take, awaited
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Keep the states (batch, heads, tokens, head_dim) and return them as they are."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-        if self._awaited is not None:
-            self._awaited.discard(self._index)
-            if not self._awaited:
-                raise _AllCaptured
+        """Hand the states (batch, heads, tokens, head_dim) on and return them as they are."""
+        self._take(self._place, key_states, value_states)
+        if self._awaited is None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+            return key_states, value_states
+        self._awaited.discard(self._place)
+        if not self._awaited:
+            raise _AllCaptured
         return key_states, value_states
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (batch, heads, tokens, head_dim), which the layer then holds no longer."""
-        keys, values = self.keys, self.values
-        del self.keys, self.values
-        return keys, values
 
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, structure: LayerStructure, ids: torch.Tensor, offset: int, *, early: bool
-) -> Sequence[CaptureLayer]:
-    """Run tokens through the model without its language-model head, and keep the KV states.
+    model: PreTrainedModel, structure: LayerStructure, ids: torch.Tensor, offset: int, take: Take, *, early: bool
+) -> None:
+    """Run tokens through the model without its language-model head, for their KV states.
 
     Args:
         model: The model, in evaluation mode.
@@ -75,17 +75,16 @@ def capture(
         ids: Token ids, shape (batch, tokens); rows are independent, and causal attention needs no mask for padding
             on the right.
         offset: Position of the first token.
-        early: Whether the forward ends when all states are there; see `ModelProfile.captures_early`.
-
-    Returns:
-        The layers that keep states, in their order, with `keys` and `values` (batch, heads, tokens, head_dim) as the
-        model rotated them; `keys` is None where the model kept its states elsewhere.
+        take: Called with each layer that keeps states, while they are still in the processor's cache: its place among
+            these layers, and its keys and values as the model rotated them, (batch, heads, tokens, head_dim) each, to
+            be read only. Called again where the model replaces them. Not called for a layer whose states the model
+            keeps elsewhere.
+        early: Whether the forward ends when all layers have been taken; see `ModelProfile.captures_early`.
     """
-    awaited = set(structure.indices) if early else None
-    kept = [CaptureLayer(index, awaited) for index in structure.indices]
+    awaited = set(range(len(structure.indices))) if early else None
     layers: list[Any] = [DummyLayer() for _ in range(structure.num_layers)]
-    for index, layer in zip(structure.indices, kept, strict=True):
-        layers[index] = layer
+    for place, index in enumerate(structure.indices):
+        layers[index] = CaptureLayer(place, take, awaited)
     positions = torch.arange(offset, offset + ids.shape[1], device=model.device)
     with contextlib.suppress(_AllCaptured):
         model.base_model(
@@ -94,4 +93,3 @@ def capture(
             past_key_values=Cache(layers=layers),
             use_cache=True,
         )
-    return kept

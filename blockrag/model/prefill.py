@@ -94,18 +94,20 @@ def prefill_batch(
     ids = torch.zeros((len(blocks), max(map(len, blocks))), dtype=torch.long)
     for row, block in enumerate(blocks):
         ids[row, : len(block)] = torch.tensor(block, dtype=torch.long)
-    layers = capture(model, profile.structure, ids, regime.offset, early=profile.captures_early)
     size = profile.layout.elements_per_token
     cut = [
         BlockKV(profile.layout, len(block), torch.empty(size * len(block), dtype=model.dtype, device=model.device))
         for block in blocks
     ]
-    for index, (layer, ropes) in enumerate(zip(layers, regime.ropes, strict=True)):
-        keys, values = layer.take()
+
+    def take(place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        ropes = regime.ropes[place]
         keys = unrotate(keys, ropes.keys, regime.offset)
         if ropes.values.kind != "none":
             values = unrotate(values, ropes.values, regime.offset)
         for row, kv in enumerate(cut):
-            kv.keys(index).copy_(keys[row, :, : kv.num_tokens])
-            kv.values(index).copy_(values[row, :, : kv.num_tokens])
+            kv.keys(place).copy_(keys[row, :, : kv.num_tokens])
+            kv.values(place).copy_(values[row, :, : kv.num_tokens])
+
+    capture(model, profile.structure, ids, regime.offset, take, early=profile.captures_early)
     return cut

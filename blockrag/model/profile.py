@@ -205,11 +205,16 @@ def _captured(
     """Keys and values, (1, heads, tokens, dim) each, of fixed tokens placed at `offset`."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(0, vocabulary, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    layers = capture(model, structure, ids, offset, early=early)
-    for index, layer in zip(structure.indices, layers, strict=True):
-        if not isinstance(layer.keys, torch.Tensor):
+    taken: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take(place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        taken[place] = keys, values
+
+    capture(model, structure, ids, offset, take, early=early)
+    for place, index in enumerate(structure.indices):
+        if place not in taken:
             raise _refusal(model, f"layer {index} left its cache empty, so its state is kept elsewhere")
-    return [(layer.keys, layer.values) for layer in layers]
+    return [taken[place] for place in range(len(structure.indices))]
 
 
 def _captures_early(
