@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from test_exactness import prompt_of
 from transformers.utils import logging as transformers_logging
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from blockrag.cli import app
@@ -147,6 +149,16 @@ def test_the_recorded_command_repeats_the_measurement(result: dict[str, Any], tm
     for before, after in zip(result["points"], repeated["points"], strict=True):
         for key in ("prompt_tokens", "blocks", "bytes_at_rest", "cache_bytes", "flops"):
             assert after[key] == before[key]
+
+
+def test_the_campaign_for_the_record_is_of_commands_that_parse() -> None:
+    script = (ROOT / "benchmarks" / "run.sh").read_text("utf-8").replace("\\\n", " ")
+    lines = [line for line in re.findall(r"^[^#\n]*?\brun ([a-z]+ --[^;\n]*)", script, re.MULTILINE)]
+    assert {line.split()[0] for line in lines} == {"ttft", "decode", "compose", "prebuild", "memory"}
+    commands = get_command(app).commands["bench"].commands  # type: ignore[attr-defined]
+    for line in lines:
+        name, *arguments = line.split()
+        assert commands[name].make_context(name, [*arguments, "--device", "cpu", "--note", "quiet"])
 
 
 def test_without_matplotlib_the_numbers_are_still_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

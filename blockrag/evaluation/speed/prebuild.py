@@ -129,6 +129,14 @@ def _summary(times: PrebuildTimes, runs: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _bound(subject: Subject, rates: Rates) -> float | None:
-    """Tokens per second that the products with the weights allow; those of attention are left out."""
+    """Tokens per second that the products with the weights allow; those of attention are left out.
+
+    Of the last layer only the keys and values are needed.
+    """
     shape = model_shape(subject)
-    return None if shape is None else rates.matrix_flops_per_s / (2 * shape.body_parameters)
+    if shape is None:
+        return None
+    hidden = subject.model.model.config.get_text_config(decoder=True).hidden_size
+    last = 2 * hidden * shape.num_kv_heads * shape.head_dim
+    needed: float = shape.body_parameters * (shape.num_layers - 1) / shape.num_layers + last
+    return rates.matrix_flops_per_s / (2 * needed)

@@ -287,6 +287,6 @@ def prebuild(result: dict[str, Any]) -> list[str]:
         "kept, by padded tokens per forward. *one by one* is each passage alone through the whole model.",
         table(["way", "milliseconds", "tokens per second", "of the bound", "processor ms"], rows),
         f"Fastest runs: prebuilding reaches {result['of_batched']:.0%} of the best batched forward, and "
-        f"{result['over_one_by_one']:.1f} times one passage at a time. The bound is the products with the weights at "
-        "this machine's matrix rate, without those of attention.",
+        f"{result['over_one_by_one']:.1f} times one passage at a time. The bound is the products with the weights "
+        "that KV states need (of the last layer, keys and values alone), at this machine's matrix rate.",
     ]
