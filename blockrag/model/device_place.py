@@ -111,7 +111,7 @@ class DevicePlacement:
         self._pinned: list[_Arrival] = []
         self._found: list[Lease[AtRest]] = []
         self._new: list[tuple[Lease[AtRest], AtRest]] = []
-        # Memory on the device that is not the pool's.
+        # Memory on the device that is not the pool's; the kernel only has addresses.
         self._private: list[torch.Tensor] = []
         self._unwritten = self._num_layers
         self._lock = threading.Lock()
@@ -191,6 +191,7 @@ class DevicePlacement:
         at_rest, payload = AtRest.of(kv), payload_of(kv)
         if payload.device == self._link.device and self._link.device.type != "cpu":
             memory = payload
+            self._private.append(memory)
         elif self._pool is not None and key is not None and (lease := self._pool.reserve(key, payload.numel())):
             memory = lease.memory
             self._new.append((lease, at_rest))
