@@ -4,9 +4,10 @@ Each block is copied to its slot of the prompt's buffer, converted from its prec
 to their absolute positions. A stored block is only read, and can be dropped as soon as it is placed; the prompt's KV
 states are never held twice.
 
-Two ways lead there. Compiled code (`blockrag.kernels.place`) does all of it in one pass over a block's bytes, for
-different blocks in different threads. Plain torch, which always works, copies all blocks first and then turns a layer
-at a time, in chunks that stay in the processor's cache; that order is its fastest.
+Three ways lead there. On a GPU one kernel does all of it, and layers are written while the model already runs
+(`blockrag.model.device_place`). On a CPU compiled code (`blockrag.kernels.place`) does all of it in one pass over a
+block's bytes, for different blocks in different threads. Plain torch, which always works, copies all blocks first and
+then turns a layer at a time, in chunks that stay in the processor's cache; that order is its fastest.
 
 Source: Block-Attention, arXiv 2409.15355, section 2.3 (position re-encoding).
 """
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockrag.kernels.place import CompiledPlacement, Rows
+from blockrag.model.device_place import DevicePlacement
 from blockrag.rope import RopeSpec, rotate_
 
 if TYPE_CHECKING:
     import torch
 
+    from blockrag.kernels.at_rest import AtRest
     from blockrag.model.cache import PromptCache
+    from blockrag.model.device_pool import DevicePool
     from blockrag.quantize import StoredKV
 
 __all__ = ["Composition", "LayerRopes"]
@@ -44,9 +48,17 @@ class Composition:
         cache: The prompt's cache; it counts the run's tokens as seen from here on.
         num_tokens: Tokens of the whole run.
         ropes: What turns with position, per layer that keeps KV states.
+        pool: Hot blocks on the cache's device.
     """
 
-    def __init__(self, cache: PromptCache, num_tokens: int, ropes: Sequence[LayerRopes]) -> None:
+    def __init__(
+        self,
+        cache: PromptCache,
+        num_tokens: int,
+        ropes: Sequence[LayerRopes],
+        pool: DevicePool[AtRest] | None = None,
+    ) -> None:
+        self._cache = cache
         self.start = cache.num_tokens
         self.num_layers = len(ropes)
         # Keys and values of each layer in turn.
@@ -54,12 +66,14 @@ class Composition:
         for layer, rope in zip(cache.kv_layers, ropes, strict=True):
             keys, values, start = _open_rows(layer, num_tokens, self.start)
             self._rows += (Rows(keys, start, rope.keys), Rows(values, start, rope.values))
-        self._compiled = CompiledPlacement.of(self._rows, self.start + num_tokens)
+        end = self.start + num_tokens
+        self._device = DevicePlacement.of(self._rows, end, pool)
+        self._compiled = CompiledPlacement.of(self._rows, end) if self._device is None else None
 
     @property
     def in_threads(self) -> bool:
         """Whether placing different blocks from different threads is faster; torch brings its own threads."""
-        return self._compiled is not None
+        return self._device is not None or self._compiled is not None
 
     def place(self, kv: StoredKV, position: int, layers: range | None = None) -> None:
         """Write a block to the positions position, position + 1, ...
@@ -71,6 +85,9 @@ class Composition:
             position: Absolute position of its first token, within the run.
             layers: A contiguous range of layers; all of them by default.
         """
+        if self._device is not None:
+            self._device.place(kv, [position], layers)
+            return
         chosen = range(self.num_layers) if layers is None else layers
         if self._compiled is not None:
             self._compiled.place(kv, position, chosen)
@@ -80,14 +97,34 @@ class Composition:
             _copy(kv.values(layer), self._rows[2 * layer + 1], position)
 
     def place_at(
-        self, positions: Sequence[int], places: Sequence[int], kv: StoredKV, layers: range | None = None
+        self,
+        positions: Sequence[int],
+        places: Sequence[int],
+        kv: StoredKV,
+        layers: range | None = None,
+        *,
+        key: str | None = None,
     ) -> None:
-        """`place` a block that the run holds several times: at `positions[p]` for each p of `places`."""
+        """`place` a block that the run holds several times: at `positions[p]` for each p of `places`.
+
+        With its key it stays in the pool.
+        """
+        if self._device is not None:
+            self._device.place(kv, [positions[place] for place in places], layers, key)
+            return
         for place in places:
             self.place(kv, positions[place], layers)
 
+    def place_pooled(self, positions: Sequence[int], places: Sequence[int], key: str) -> bool:
+        """`place_at` for a block that the pool has; False where it has not."""
+        return self._device is not None and self._device.place_pooled(key, [positions[place] for place in places])
+
     def finish(self) -> None:
         """Make the run ready to attend to; once, after the last block has been placed."""
+        if self._device is not None:
+            may_defer = self._cache.may_defer
+            self._device.finish([layer.defer for layer in self._cache.kv_layers] if may_defer else None)
+            return
         if self._compiled is None:
             for rows in self._rows:
                 rotate_(rows.states, rows.rope, rows.start)

@@ -386,6 +386,7 @@ def test_help_fits_the_terminal(command: str) -> None:
         (["ttft", "--block-tokens", "8"], "two numbers"),
         (["ttft", "--modes", "full,fast"], "there is no mode 'fast'"),
         (["ttft", "--once", "kept"], "cannot run once"),
+        (["ttft", "--modes", "device", "--device", "cpu", "--lengths", "96"], "needs --device cuda"),
         (["ttft", "--lengths", "4K"], "the model can place 2048"),
         (["ttft", "--shape", "huge"], "there is no shape 'huge'"),
         (["ttft", "--shape", "smoke", "--model", "demo"], "exclude each other"),

@@ -91,9 +91,9 @@ def test_one_block_is_placed_by_several_threads(make_model: Make, monkeypatch: p
     def noting(self: fetch_module.Fetch, key: str, kv: object, threads: int) -> None:
         place = self.place
 
-        def noted(places: Sequence[int], kv: object, layers: range | None = None) -> None:
+        def noted(places: Sequence[int], kv: object, layers: range | None = None, *, key: str) -> None:
             pieces.append(layers)
-            place(places, kv, layers)  # type: ignore[arg-type]
+            place(places, kv, layers, key=key)  # type: ignore[arg-type]
 
         object.__setattr__(self, "place", noted)
         original(self, key, kv, threads)  # type: ignore[arg-type]

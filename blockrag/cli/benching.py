@@ -110,7 +110,9 @@ def ttft(
     lengths: Lengths = None,
     modes: Annotated[
         str | None,
-        typer.Option("--modes", help="Some of full,cold,seed,disk-uncached,disk,memory,kept.", show_default=False),
+        typer.Option(
+            "--modes", help="Some of full,cold,seed,disk-uncached,disk,memory,pinned,device,kept.", show_default=False
+        ),
     ] = None,
     once: Annotated[
         str, typer.Option("--once", help="Modes that run a single time, e.g. full,cold.", show_default=False)

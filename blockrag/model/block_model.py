@@ -43,7 +43,9 @@ from blockrag.stores import MemoryStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from blockrag.kernels.at_rest import AtRest
     from blockrag.kv import BlockKV
+    from blockrag.model.device_pool import DevicePool
     from blockrag.prompt import Block, PromptTemplate
     from blockrag.stores.protocol import BlockStore
 
@@ -94,6 +96,7 @@ class BlockModel:
         facts: What is known of the checkpoint's block fine-tuning; `from_pretrained` reads it from the checkpoint.
         kept_bytes: Bytes of finished prompts whose passages stay composed for the next prompt that opens with the same
             ones in the same order; 0 for none. By default an eighth of the memory, on a host at most 4 GiB.
+        device_pool: Where hot blocks stay on the model's GPU, as they are at rest; by default nowhere.
 
     Raises:
         UnsupportedModelError: With attention="block", when the model's KV states cannot be composed exactly.
@@ -115,6 +118,7 @@ class BlockModel:
         namespace: str = "",
         facts: BlockAttentionFacts | None = None,
         kept_bytes: int | None = None,
+        device_pool: DevicePool[AtRest] | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -125,6 +129,7 @@ class BlockModel:
         self.precision: Precision = _checked_precision(precision or _default_precision(model.dtype))
         self.namespace = namespace
         self._kept_bytes = _checked_bytes(kept_bytes)
+        self.device_pool = device_pool
         self._lock = ForwardGuard(model)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(
@@ -162,6 +167,7 @@ class BlockModel:
         namespace: str = "",
         block_fine_tuned: bool | None = None,
         kept_bytes: int | None = None,
+        device_pool: DevicePool[AtRest] | None = None,
         revision: str | None = None,
     ) -> BlockModel:
         """Load a model from a directory or the Hugging Face hub.
@@ -177,6 +183,7 @@ class BlockModel:
             namespace: See `BlockModel`.
             block_fine_tuned: Overrides what the checkpoint says of itself.
             kept_bytes: See `BlockModel`.
+            device_pool: See `BlockModel`.
             revision: Branch, tag or commit on the hub.
 
         Raises:
@@ -199,6 +206,7 @@ class BlockModel:
             namespace=namespace,
             facts=facts,
             kept_bytes=kept_bytes,
+            device_pool=device_pool,
         )
 
     @property
@@ -407,6 +415,7 @@ class BlockModel:
             source=None if mode == "full" and self.profile is None else self._source,
             store=self.store if store is None else store,
             pool=self._pool,
+            device_pool=self.device_pool,
             lock=self._lock,
             stop_ids=self.stop_ids,
         )
@@ -434,6 +443,8 @@ class BlockModel:
         found by their token ids, so that what is kept is never out of date.
         """
         self._pool = self._new_pool()
+        if self.device_pool is not None:
+            self.device_pool.clear()
 
     def reference_logits(self, blocks: Sequence[Block]) -> torch.Tensor:
         """Logits (tokens, vocabulary) of one forward under the dense block mask: the oracle, for tests."""

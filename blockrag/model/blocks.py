@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from blockrag.codec import Precision
-    from blockrag.model.fetch import Place
+    from blockrag.model.fetch import Place, PlacePooled
     from blockrag.model.profile import ModelProfile, Regime
     from blockrag.model.usage import GenerationTimings, Usage
     from blockrag.prompt import Block
@@ -70,6 +70,7 @@ class BlockSource:
         regime: Regime,
         store: BlockStore,
         place: Place,
+        place_pooled: PlacePooled,
         usage: Usage,
         timings: GenerationTimings,
         *,
@@ -82,6 +83,7 @@ class BlockSource:
             regime: The regime of the prompt.
             store: Where blocks are kept.
             place: Takes each distinct block and its places in `blocks`.
+            place_pooled: Takes those that need not be fetched.
             usage: Counts are added to it.
             timings: Seconds of loading, checking, placing and prefilling are added to it.
             in_threads: Whether `place` may be called from several threads.
@@ -99,6 +101,7 @@ class BlockSource:
             flights=self.flights,
             readers=self.readers if in_threads else None,
             place=place,
+            place_pooled=place_pooled,
             usage=usage,
             timings=timings,
         )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from blockrag.quantize import StoredKV
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["Fetch", "Place"]
+__all__ = ["Fetch", "Place", "PlacePooled"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,18 @@ _BYTES_PER_THREAD = 1 << 20
 class Place(Protocol):
     """Takes one block; called once per distinct block, from several threads if the fetch may use them."""
 
-    def __call__(self, places: Sequence[int], kv: StoredKV, layers: range | None = None) -> None:
-        """Put the block to its places, as indices into the prompt's blocks; some of its layers, or all of them."""
+    def __call__(
+        self, places: Sequence[int], kv: StoredKV, layers: range | None = None, *, key: str | None = None
+    ) -> None:
+        """Put the block of a key to its places, as indices into the prompt's blocks; some layers, or all of them."""
+        ...
+
+
+class PlacePooled(Protocol):
+    """Takes one block that need not be fetched."""
+
+    def __call__(self, places: Sequence[int], key: str) -> bool:
+        """Put the block to its places, if it lies where it is wanted already; False if not."""
         ...
 
 
@@ -71,6 +81,7 @@ class Fetch:
         flights: What other requests are doing.
         readers: The threads to use; None where `place` must be called from the calling thread.
         place: Takes the blocks.
+        place_pooled: Takes those that need not be fetched.
         usage: Counts are added to it.
         timings: Seconds are added to it.
     """
@@ -83,6 +94,7 @@ class Fetch:
     flights: InFlight
     readers: Readers | None
     place: Place
+    place_pooled: PlacePooled
     usage: Usage
     timings: GenerationTimings
 
@@ -92,7 +104,7 @@ class Fetch:
         Args:
             compute: Computes and stores the blocks of some keys; yields key, KV states and bytes at rest.
         """
-        wanted = list(self.places)
+        wanted = [key for key in self.places if not self._take_pooled(key)]
         while wanted:
             mine, others = self.flights.board((id(self.store), key) for key in wanted)
             unlanded = set(mine)
@@ -150,11 +162,11 @@ class Fetch:
         """A few large blocks keep all threads busy only if each is placed by several."""
         num_layers = self.layout.num_layers
         if threads == 1 or num_layers < threads or self.readers is None:
-            self.place(self.places[key], kv)
+            self.place(self.places[key], kv, key=key)
             return
         borders = [num_layers * i // threads for i in range(threads + 1)]
         pieces = [range(first, last) for first, last in pairwise(borders)]
-        self.readers.run([partial(self.place, self.places[key], kv, layers) for layers in pieces])
+        self.readers.run([partial(self.place, self.places[key], kv, layers, key=key) for layers in pieces])
 
     def _compute(self, computed: Iterator[tuple[str, StoredKV, int]], unlanded: set[FlightKey]) -> None:
         while True:
@@ -165,7 +177,7 @@ class Fetch:
             if result is None:
                 return
             key, kv, _ = result
-            self.place(self.places[key], kv)
+            self.place(self.places[key], kv, key=key)
             self.usage.blocks_computed += len(self.places[key])
             self.usage.tokens_computed += self.tokens[key] * len(self.places[key])
             self._land(key, kv, unlanded)
@@ -179,9 +191,15 @@ class Fetch:
         self.timings.load_s += arrived - started
         if kv is None:
             return False
-        self.place(self.places[key], kv)
+        self.place(self.places[key], kv, key=key)
         self._reuse(key)
         self.timings.compose_s += time.perf_counter() - arrived
+        return True
+
+    def _take_pooled(self, key: str) -> bool:
+        if not self.place_pooled(self.places[key], key):
+            return False
+        self._reuse(key)
         return True
 
     def _land(self, key: str, kv: StoredKV, unlanded: set[FlightKey]) -> None:

@@ -34,7 +34,9 @@ from blockrag.model.usage import GenerationTimings, Usage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from blockrag.kernels.at_rest import AtRest
     from blockrag.model.blocks import BlockSource
+    from blockrag.model.device_pool import DevicePool
     from blockrag.model.pool import BufferPool
     from blockrag.model.profile import Regime
     from blockrag.model.sampling import GenerationOptions
@@ -87,6 +89,7 @@ class RunningPrompt:
         source: Computes and finds KV states; None for a model that can only attend in full.
         store: Where blocks are kept.
         pool: Where the cache's buffer comes from.
+        device_pool: Hot blocks on the model's device.
         lock: Held during every forward: some models change their frequencies in it.
         stop_ids: Tokens that end an answer.
     """
@@ -96,6 +99,7 @@ class RunningPrompt:
     source: BlockSource | None
     store: BlockStore
     pool: BufferPool
+    device_pool: DevicePool[AtRest] | None
     lock: AbstractContextManager[object]
     stop_ids: frozenset[int]
     usage: Usage = field(default_factory=Usage)
@@ -285,12 +289,13 @@ class RunningPrompt:
             raise AssertionError("local blocks need a model that can compose")
         lengths = [len(block.token_ids) for block in blocks]
         starts = list(accumulate(lengths[:-1], initial=len(self.token_ids)))
-        composition = Composition(self.cache, sum(lengths), self._regime.ropes)
+        composition = Composition(self.cache, sum(lengths), self._regime.ropes, self.device_pool)
         self.source.fetch(
             blocks,
             self._regime,
             self.store,
             partial(composition.place_at, starts),
+            partial(composition.place_pooled, starts),
             self.usage,
             self.timings,
             in_threads=composition.in_threads,

@@ -28,6 +28,22 @@ def byte_view(data: bytes | bytearray | memoryview) -> memoryview:
         raise InputError(f"a store keeps bytes, got {type(data).__name__} ({error}); encode the block first") from None
 
 
+def _can_pin() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _pinned_copy(data: memoryview) -> memoryview:
+    """A copy in page-locked memory, which lives as long as a view of it."""
+    import torch
+
+    # What the view keeps alive is the array, and the array the tensor.
+    block = torch.empty(len(data), dtype=torch.uint8, pin_memory=True).numpy().data
+    block[:] = data
+    return block
+
+
 class MemoryStore:
     """A thread-safe map with a byte budget. Implements `BlockStore`.
 
@@ -36,17 +52,22 @@ class MemoryStore:
 
     Args:
         max_bytes: Budget for the blocks' bytes, at least 1; None for no limit.
+        pinned: Keep them in page-locked memory, which a CUDA device copies from by itself while it computes. It is
+            slow to allocate, and rounded up to a power of two.
 
     Raises:
-        InputError: `max_bytes` is less than 1.
+        InputError: `max_bytes` is less than 1, or there is no CUDA device for which memory could be pinned.
     """
 
-    def __init__(self, max_bytes: int | None = None) -> None:
+    def __init__(self, max_bytes: int | None = None, *, pinned: bool = False) -> None:
         if max_bytes is not None and max_bytes < 1:
             raise InputError(f"max_bytes is {max_bytes}; pass at least 1, or None for no limit")
+        if pinned and not _can_pin():
+            raise InputError("pinned=True needs a CUDA device; leave it out")
         self._max_bytes = max_bytes
+        self._copied = _pinned_copy if pinned else bytearray
         self._lock = Lock()
-        self._blocks: OrderedDict[str, bytearray] = OrderedDict()
+        self._blocks: OrderedDict[str, bytearray | memoryview] = OrderedDict()
         self._closed = False
         self._bytes = self._hits = self._misses = self._puts = self._evictions = 0
 
@@ -92,7 +113,7 @@ class MemoryStore:
             StoreError: The store is closed.
         """
         check_key(key)
-        block = bytearray(byte_view(data))
+        block = self._copied(byte_view(data))
         if self._max_bytes is not None and len(block) > self._max_bytes:
             raise StoreFullError(f"a block of {len(block)} bytes exceeds max_bytes={self._max_bytes}; raise max_bytes")
         with self._lock:

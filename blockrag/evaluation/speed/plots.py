@@ -26,9 +26,11 @@ _STYLES: dict[str, dict[str, Any]] = {
     "disk-uncached": {"color": "#56B4E9", "marker": "v"},
     "disk": {"color": "#0072B2", "marker": "s"},
     "memory": {"color": "#009E73", "marker": "^"},
+    "pinned": {"color": "#8C564B", "marker": "<"},
+    "device": {"color": "#17BECF", "marker": ">"},
     "kept": {"color": "#000000", "marker": "P"},
 }
-_OTHERS = ("#8C564B", "#7F7F7F", "#BCBD22", "#17BECF")
+_OTHERS = ("#9467BD", "#7F7F7F", "#BCBD22", "#E377C2")
 _PARTS = {
     "load_s": ("#56B4E9", ""),
     "check_s": ("#F0E442", "//"),

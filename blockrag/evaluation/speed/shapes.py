@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from blockrag.errors import InputError
 from blockrag.model.block_model import BlockModel
+from blockrag.model.device_pool import DevicePool
 from blockrag.model.facts import BlockAttentionFacts
 from blockrag.model.loading import resolve_device, resolve_dtype
 from blockrag.prompt import TEMPLATES
@@ -156,12 +157,13 @@ class Subject:
         """Bytes that so many tokens take in a prompt's cache."""
         return self.layout.nbytes(num_tokens, self.model.model.dtype.itemsize)
 
-    def again(self, *, precision: Precision | None = None, keeps: bool = False) -> Subject:
+    def again(self, *, precision: Precision | None = None, keeps: bool = False, pool_bytes: int = 0) -> Subject:
         """The same weights in a `BlockModel` of its own, with empty buffers.
 
         Args:
             precision: At rest; by default this subject's.
             keeps: Whether finished prompts stay composed for the next one, as they do unless a measurement forbids it.
+            pool_bytes: Of hot blocks on the model's device.
         """
         model = BlockModel(
             self.model.model,
@@ -170,6 +172,7 @@ class Subject:
             precision=precision or self.model.precision,
             facts=self.model.facts,
             kept_bytes=None if keeps else 0,
+            device_pool=DevicePool(pool_bytes, self.model.model.device) if pool_bytes else None,
         )
         return Subject(model, self.name, self.random_weights)
 

@@ -17,6 +17,8 @@ LABELS = {
     "disk-uncached": "blocks from disk, not cached",
     "disk": "blocks from disk, page cache",
     "memory": "blocks from memory",
+    "pinned": "blocks from pinned memory",
+    "device": "blocks on the GPU",
     "kept": "same passages again, kept",
 }
 PART_LABELS = {

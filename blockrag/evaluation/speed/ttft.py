@@ -7,6 +7,8 @@ Every prompt is passages of random tokens and a query. The modes:
     disk-uncached  every passage in a directory; its files are dropped from the page cache before each request
     disk           every passage in a directory, read through the page cache
     memory         every passage in this process's memory
+    pinned         every passage in page-locked memory, copied to the GPU while the query already runs
+    device         every passage in the pool of hot blocks on the GPU
     kept           the same passages in the same order as in the prompt before: they are still composed
     seed           every passage in memory as tensors, composed as the method's published code does it (`seed.py`)
 
@@ -21,7 +23,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +51,9 @@ __all__ = ["LENGTHS", "MODES", "TtftSettings", "available_modes", "measure_ttft"
 
 LENGTHS = (50, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """The lengths of the paper's table (arXiv 2409.15355, table 3)."""
-MODES = ("full", "cold", "seed", "disk-uncached", "disk", "memory", "kept")
+MODES = ("full", "cold", "seed", "disk-uncached", "disk", "memory", "pinned", "device", "kept")
 
+_GPU_MODES = ("pinned", "device")
 _GROWTH = range(1024, 32768 + 1)
 
 
@@ -110,7 +113,10 @@ class TtftSettings:
 
 def available_modes() -> tuple[str, ...]:
     """`MODES`, without those that need what this system lacks."""
-    return tuple(mode for mode in MODES if mode != "disk-uncached" or hasattr(os, "posix_fadvise"))
+    lacking = () if torch.cuda.is_available() else _GPU_MODES
+    if not hasattr(os, "posix_fadvise"):
+        lacking = (*lacking, "disk-uncached")
+    return tuple(mode for mode in MODES if mode not in lacking)
 
 
 def measure_ttft(
@@ -139,6 +145,8 @@ def measure_ttft(
         RuntimeError: A mode reused another number of tokens than it should, or chose another first token.
     """
     subject.profile.room_after(max(settings.lengths))
+    if subject.device == "cpu" and (needing := [mode for mode in _GPU_MODES if mode in settings.modes]):
+        raise InputError(f"the mode {needing[0]!r} needs --device cuda; leave it out of --modes")
     frame = Frame("ttft", subject, settings, note, progress)
     frame.open()
     if "seed" in settings.modes and not seed_can_compose(subject.profile):
@@ -226,6 +234,16 @@ def _ways(
         "disk": lambda: block(stores.disk),
         "memory": lambda: block(stores.memory),
     }
+    if "pinned" in settings.modes:
+        pinned = MemoryStore(pinned=True)
+        for key, data in stores.memory.get_many(list({model.block_key(one.token_ids) for one in prompt.local_blocks})):
+            if data is not None:
+                pinned.put(key, data)
+        ways["pinned"] = lambda: block(pinned)
+    if "device" in settings.modes:
+        # Filled by the round that does not count.
+        pooling = subject.again(pool_bytes=2 * point.at_rest_bytes + (1 << 20)).model
+        ways["device"] = lambda: composed(pooling, prompt, stores.memory, attention="block", reused=local)
     if "kept" in settings.modes:
         keeping = subject.again(keeps=True).model
         ways["kept"] = lambda: composed(keeping, prompt, stores.memory, attention="block", reused=local)
@@ -287,6 +305,7 @@ def _bounds(work: Work, rates: Rates, modes: Sequence[str]) -> dict[str, float]:
         "full": work.full_s(rates),
         "cold": work.cold_s(rates),
         "kept": work.query_s(rates),
+        "device": work.warm_s(replace(rates, upload_bytes_per_s=None)),
         # Its blocks lie in memory as they go into the cache.
         "seed": work.warm_s(rates, at_rest_bytes=work.cache_bytes),
     }
