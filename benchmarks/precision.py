@@ -106,9 +106,9 @@ def markdown(result: dict[str, Any]) -> str:
         "\n\n".join(
             [
                 "# What the precision at rest changes: the demo model",
-                f"Greedy answers to {asked:,} questions, compared word for word with those from KV states kept in float32; "
-                f"{result['right']:,} of these are right. KL: divergence of the next-token distribution in nats, mean and "
-                "largest, at the first token and along the reference answer "
+                f"Greedy answers to {asked:,} questions, compared word for word with those from KV states kept in "
+                f"float32; {result['right']:,} of these are right. KL: divergence of the next-token distribution in "
+                "nats, mean and largest, at the first token and along the reference answer "
                 f"({result['answer_tokens']:,} tokens in all). Bytes are of {result['blocks']:,} blocks of "
                 f"{result['block_tokens_mean']:.0f} tokens on average, scales included, headers not.",
                 table(header, rows),
