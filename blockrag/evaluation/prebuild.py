@@ -4,8 +4,10 @@ Three things take turns, and every passage is computed anew each time:
 
     prebuild     `BlockModel.materialize`: forwards, un-rotation, encoding, storing
     batched      the same tokens through the model without its language-model head, in batches of similar length, and
-                 nothing kept; one for each token budget, with the batches that `plan_batches` makes
-    one by one   each passage alone through the whole model, with its head and the cache of transformers
+                 nothing kept; one for each token budget, with the batches that `plan_batches` makes, and with the
+                 same linear layers and attention as blockrag's own forwards
+    one by one   each passage alone through the whole model, with its head, and with the linear layers and the cache
+                 of transformers
 
 Rates count the tokens of the passages, not the padding beside them. Nothing here knows how blocks are computed.
 """
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockrag.errors import InputError
+from blockrag.model.guard import ForwardGuard
 from blockrag.model.prefill import plan_batches
 
 if TYPE_CHECKING:
@@ -110,6 +113,7 @@ def measure_prebuild(
     lengths = [len(ids) for ids in token_ids]
     plans = {budget: plan_batches(lengths, budget) for budget in budgets}
     batches = {budget: [_padded(token_ids, rows) for rows in plan] for budget, plan in plans.items()}
+    guard = ForwardGuard(model.model)
     bytes_new = 0
 
     def prebuild() -> None:
@@ -117,7 +121,7 @@ def measure_prebuild(
         bytes_new = model.materialize(list(by_key.values()), store).bytes_new
 
     def batched(budget: int) -> Callable[[], None]:
-        return lambda: _forward_all(model, batches[budget])
+        return lambda: _forward_all(model, guard, batches[budget])
 
     ways: dict[object, Callable[[], None]] = {"prebuild": prebuild, "one by one": lambda: _one_by_one(model, token_ids)}
     ways |= {budget: batched(budget) for budget in budgets}
@@ -152,10 +156,12 @@ def _padded(token_ids: Sequence[Sequence[int]], rows: Sequence[int]) -> torch.Te
 
 
 @torch.no_grad()
-def _forward_all(model: BlockModel, batches: Sequence[torch.Tensor]) -> None:
+def _forward_all(model: BlockModel, guard: ForwardGuard, batches: Sequence[torch.Tensor]) -> None:
+    device = model.model.device
     for ids in batches:
-        positions = torch.arange(ids.shape[1], device=model.model.device)[None]
-        model.model.base_model(input_ids=ids.to(model.model.device), position_ids=positions, use_cache=False)
+        positions = torch.arange(ids.shape[1], device=device)[None]
+        with guard:
+            model.model.base_model(input_ids=ids.to(device), position_ids=positions, use_cache=False)
 
 
 @torch.no_grad()
