@@ -174,9 +174,12 @@ static void hide(const struct attention *a, const struct unit *u, int64_t row, i
 /* Ask for keys and values of the next tile, while there is this one to work on. Inlined, because GCC drops the call of a
  * function that does nothing else. */
 INLINE void fetch(const struct attention *a, const struct unit *u, int64_t token, int64_t tokens) {
-    for (int64_t t = token; t < at_most(token + tokens, u->last_token); t++) {
-        for (int64_t d = 0; d < a->dim; d += LINE) __builtin_prefetch(key_of(a, u, t) + d, 0, 2);
-        for (int64_t d = 0; d < a->value_dim; d += LINE) __builtin_prefetch(value_of(a, u, t) + d, 0, 2);
+    const float *key = key_of(a, u, token), *value = value_of(a, u, token);
+    for (int64_t left = at_most(tokens, u->last_token - token); left > 0; left--) {
+        for (int64_t d = 0; d < a->dim; d += LINE) __builtin_prefetch(key + d, 0, 2);
+        for (int64_t d = 0; d < a->value_dim; d += LINE) __builtin_prefetch(value + d, 0, 2);
+        key += a->key_strides[2];
+        value += a->value_strides[2];
     }
 }
 
@@ -269,6 +272,7 @@ INLINE void add_columns(float *output, int64_t width, const float *weights, int6
         add(output + r * width, width, weights + r * row_step, row_step, token_step, value, stride, tokens,            \
             factors + r, COUNT, wide);
     ADD(ROWS)
+    ADD(4)
     ADD(2)
     ADD(1)
 #undef ADD
@@ -319,30 +323,46 @@ INLINE void panel(const struct attention *a, const struct unit *u, int64_t width
     add_tile(u->outputs + lane * width, width, u->weights, wide * LANES, value, stride, tokens, factors, rows);
 }
 
-/* Scores of a tile for one row, tokens in the lanes; -infinity behind the last token. */
-static void score_row(const float *key, int64_t stride, const float *query, int64_t dim, float *scores,
-                      int64_t tokens) {
-    int64_t whole = dim / LANES * LANES, t = 0;
-    for (; t + LANES <= tokens; t += LANES, key += LANES * stride) {
-        vec sum[LANES] = {{0}};
+/* Scores of one row for as many tokens as there are lanes. */
+INLINE vec score_row(const float *key, int64_t stride, const float *query, int64_t dim) {
+    int64_t whole = dim / LANES * LANES;
+    vec sum[LANES] = {{0}};
+    /* ROWS tokens at a time: more would not have their addresses in registers. */
+    UNROLL for (int first = 0; first < LANES; first += ROWS) {
+        const float *keys = key + first * stride;
         for (int64_t d = 0; d < whole; d += LANES) {
             vec q = load(query + d);
-            UNROLL for (int i = 0; i < LANES; i++) sum[i] += q * load(key + i * stride + d);
+            UNROLL for (int i = 0; i < ROWS; i++) sum[first + i] += q * load(keys + i * stride + d);
         }
-        vec dots = sums_of(sum);
-        for (int64_t d = whole; d < dim; d++) {
-            vec k;
-            UNROLL for (int i = 0; i < LANES; i++) k[i] = key[i * stride + d];
-            dots += k * query[d];
+    }
+    vec dots = sums_of(sum);
+    for (int64_t d = whole; d < dim; d++) {
+        vec k;
+        UNROLL for (int i = 0; i < LANES; i++) k[i] = key[i * stride + d];
+        dots += k * query[d];
+    }
+    return dots;
+}
+
+/* Scores of a tile for few rows, the tokens in the lanes; -infinity behind the last token. */
+static void score_few(const struct attention *a, const struct unit *u, int64_t lane, int64_t rows, int64_t token,
+                      int64_t tokens) {
+    const float *query = u->queries + lane * a->dim;
+    int64_t stride = a->key_strides[2], t = 0;
+    for (; t + LANES <= tokens; t += LANES) {
+        for (int64_t r = 0; r < rows; r++) {
+            /* A share with each row: what is asked for all at once, beyond what can be under way, is dropped. */
+            int64_t from = r * LANES / rows, to = (r + 1) * LANES / rows;
+            if (!lane) fetch(a, u, token + TILE + t + from, to - from);
+            store(u->weights + r * TILE + t, score_row(key_of(a, u, token + t), stride, query + r * a->dim, a->dim));
         }
-        store(scores + t, dots);
     }
-    for (; t < tokens; t++, key += stride) {
-        float dot = 0;
-        for (int64_t d = 0; d < dim; d++) dot += query[d] * key[d];
-        scores[t] = dot;
-    }
-    for (; t < TILE; t++) scores[t] = -INFINITY;
+    for (; t < TILE; t++)
+        for (int64_t r = 0; r < rows; r++) {
+            float dot = t < tokens ? 0 : -INFINITY;
+            for (int64_t d = 0; t < tokens && d < a->dim; d++) dot += query[r * a->dim + d] * key_of(a, u, token + t)[d];
+            u->weights[r * TILE + t] = dot;
+        }
 }
 
 /* As weigh_tile, for one row with the tokens in the lanes. */
@@ -367,10 +387,7 @@ static void few(const struct attention *a, const struct unit *u, int64_t width, 
                 int64_t token, int64_t tokens, const float *value, int64_t stride) {
     enum sight sight = sight_of(a, u, u->first_row + lane, rows, token, tokens);
     if (sight == NOTHING) return;
-    if (!lane) fetch(a, u, token + TILE, TILE);
-    for (int64_t r = 0; r < rows; r++)
-        score_row(key_of(a, u, token), a->key_strides[2], u->queries + (lane + r) * a->dim, a->dim,
-                  u->weights + r * TILE, tokens);
+    score_few(a, u, lane, rows, token, tokens);
     if (sight == SOMETHING) hide(a, u, u->first_row + lane, rows, token, tokens, u->weights, TILE, 1);
     float factors[FEW];
     for (int64_t r = 0; r < rows; r++)
