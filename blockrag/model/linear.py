@@ -1,9 +1,8 @@
-"""Linear layers through oneDNN or a compiled kernel, where torch's default library leaves half of the processor unused.
+"""Linear layers through oneDNN, where torch's default library leaves half of the processor unused.
 
 torch multiplies float32 matrices on x86 with Intel's MKL, which runs narrower code on other makers' processors: on an
 AMD EPYC with AVX-512 it measured 120 to 210 GFLOP/s where oneDNN, which torch ships as well, measured 300 to 440, over
-the same weights as they lie in memory. That is every linear layer of every forward, so it is worth choosing. For the
-few rows of a question or of a decoded token, `blockrag.kernels.linear` is faster still, over the same weights too.
+the same weights as they lie in memory. That is every linear layer of every forward, so it is worth choosing.
 
 The layers of a model are switched while blockrag runs a forward, and switched back behind it: nothing is copied, and
 the model is left as it was. Where a layer is not plain (quantised, adapted, another dtype or device, training), or the
@@ -24,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
-
-from blockrag.kernels.linear import multiply, takes
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -90,8 +87,6 @@ def _forward(layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:
         and not torch.is_grad_enabled()
         and states.numel() > 0
     ):
-        if takes(states, weight, layer.bias):
-            return multiply(states, weight, layer.bias)
         result: Any = torch.ops.mkldnn._linear_pointwise.default(states, weight, layer.bias, "none", [], "")
         return result  # type: ignore[no-any-return]
     return linear(states, weight, layer.bias)
