@@ -3,18 +3,21 @@ r"""int8 and int4 at rest: how KV states become small integers and scales, and w
 A number is `x = q * scale`, symmetric, `scale` a positive float16. int8 keeps q in [-127, 127], int4 in [-7, 7]. One
 scale serves one channel of a head over all of the block's tokens; the values of int4 have one for each 32 channels of
 a token instead. Those *key* channels that reach furthest, counted over all layers and heads of the block, are refined:
-each of their numbers keeps four more bits, `x = (q + r / 16) * scale` with r in [-8, 7].
+each of their numbers keeps four more bits, and each channel a middle to count from: `x = (q + r / 16 + zero) * scale`
+with r in [-8, 7] and a whole `zero`.
 
 Why: an error in a key is an error in a logit, and its size is that of the channel's scale. Layers whose keys reach far
 attend sharply, and there a rounded key picks another token. Measured on the model that ships with blockrag, equal bytes
 spent anywhere else (smaller groups, minimum and scale, rotated channels, the widest channels of each layer rather than
-of the block) leave more answers changed; docs/storage.md has the figures. That one scale per channel suits keys, and
-one per token values, is the finding of KIVI (arXiv 2402.02750).
+of the block) leave more answers changed; docs/storage.md has the figures. Some families add a large constant to a few
+key channels (the bias of Qwen2's projections): those reach furthest, and their zero takes the constant out. That one
+scale per channel suits keys, and one per token values, is the finding of KIVI (arXiv 2402.02750).
 
 The payload, every section starting at a multiple of 16 bytes from its beginning, with zeros between:
 
-    refined channels  int32 [refined], ascending: layer after layer, head after head, channel after channel
-    their r           nibbles [refined, ceil(tokens / 2)]
+    refined  int32 [2, refined]: the channels, ascending (counted layer after layer, head after head), and the zero of
+             each, from -32767 to 32767
+    their r  nibbles [refined, ceil(tokens / 2)]
     layer 0  key scales    float16 [key_heads, key_dim]
              keys          int8 [key_heads, tokens, key_dim], or nibbles [key_heads, tokens, ceil(key_dim / 2)]
              value scales  int8: float16 [value_heads, value_dim]
@@ -60,6 +63,7 @@ QuantizedPrecision: TypeAlias = Literal["int8", "int4"]
 
 _ALIGNMENT: Final = 16
 _LARGEST_SCALE_BITS: Final = 0x7BFF
+_LARGEST_ZERO: Final = 32767
 
 
 class Scheme(NamedTuple):
@@ -114,16 +118,18 @@ class PayloadMap:
     """Where everything lies in the payload of a block.
 
     Args:
-        refined_channels: The numbers of the refined channels.
+        refined: The numbers of the refined channels, and their zeros.
         refinements: Their r.
+        num_refined: How many channels these are.
         layers: The layers.
         first_channel: The number of each layer's first key channel; behind them, how many there are.
         nbytes: Bytes of the payload.
         scale_runs: All scale sections, for checking them at once.
     """
 
-    refined_channels: Section
+    refined: Section
     refinements: Section
+    num_refined: int
     layers: tuple[LayerSections, ...]
     first_channel: tuple[int, ...]
     nbytes: int
@@ -137,7 +143,7 @@ def payload_map(layout: KVLayout, num_tokens: int, precision: QuantizedPrecision
     first_channel = [0]
     for shape in layout.layers:
         first_channel.append(first_channel[-1] + shape.key_size)
-    refined = -(-first_channel[-1] // scheme.refined_share)
+    num_refined = -(-first_channel[-1] // scheme.refined_share)
     end = 0
 
     def section(nbytes: int) -> Section:
@@ -146,7 +152,7 @@ def payload_map(layout: KVLayout, num_tokens: int, precision: QuantizedPrecision
         end = begin + nbytes
         return Section(begin, nbytes)
 
-    refined_channels, refinements = section(4 * refined), section(refined * _row_bytes(num_tokens, 4))
+    refined, refinements = section(8 * num_refined), section(num_refined * _row_bytes(num_tokens, 4))
     layers = []
     for shape in layout.layers:
         groups = num_tokens * -(-shape.value_dim // scheme.value_group) if scheme.value_group else shape.value_dim
@@ -159,7 +165,7 @@ def payload_map(layout: KVLayout, num_tokens: int, precision: QuantizedPrecision
             )
         )
     scales = _runs([layer.key_scales for layer in layers]) + _runs([layer.value_scales for layer in layers])
-    return PayloadMap(refined_channels, refinements, tuple(layers), tuple(first_channel), end, scales)
+    return PayloadMap(refined, refinements, num_refined, tuple(layers), tuple(first_channel), end, scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +214,7 @@ class QuantizedKV:
     @cached_property
     def first_refined(self) -> tuple[int, ...]:
         """For each layer the place of its first channel among the refined ones; behind them, how many there are."""
-        channels = self._section(self.map.refined_channels, torch.int32).cpu().numpy()
+        channels = self._refined[0].cpu().numpy()
         return tuple(np.searchsorted(channels, self.map.first_channel).tolist())
 
     def keys(self, layer: int) -> torch.Tensor:
@@ -242,11 +248,17 @@ class QuantizedKV:
             # As integers, positive finite float16 numbers are those from 1 to 0x7bff.
             if bits.min() < 1 or bits.max() > _LARGEST_SCALE_BITS:
                 return "scale"
-        channels = self._section(self.map.refined_channels, torch.int32).numpy()
+        channels, zeros = self._refined.numpy()
         if len(channels) == 0:
             return None
         within = channels[0] >= 0 and channels[-1] < self.map.first_channel[-1]
+        within = within and zeros.min() >= -_LARGEST_ZERO and zeros.max() <= _LARGEST_ZERO
         return None if within and bool((channels[1:] > channels[:-1]).all()) else "channel"
+
+    @property
+    def _refined(self) -> torch.Tensor:
+        """Numbers and zeros of the refined channels, shape (2, refined)."""
+        return self._section(self.map.refined, torch.int32).view(2, -1)
 
     def _section(self, where: Section, dtype: torch.dtype) -> torch.Tensor:
         return self.payload[where.offset : where.offset + where.nbytes].view(dtype)
@@ -258,14 +270,15 @@ class QuantizedKV:
         return _unpack(self._section(where, torch.uint8).view(heads, self.num_tokens, -1), dim)
 
     def _refine(self, numbers: torch.Tensor, layer: int) -> None:
-        """Add r / 16 where a key channel of the layer is refined."""
+        """Add r / 16 + zero where a key channel of the layer is refined."""
         first, end = self.first_refined[layer : layer + 2]
         if first == end:
             return
-        channels = self._section(self.map.refined_channels, torch.int32)[first:end] - self.map.first_channel[layer]
+        channels, zeros = self._refined[:, first:end]
+        channels = channels - self.map.first_channel[layer]
         packed = self._section(self.map.refinements, torch.uint8).view(-1, _row_bytes(self.num_tokens, 4))[first:end]
         dim = numbers.shape[-1]
-        numbers[channels // dim, :, channels % dim] += _unpack(packed, self.num_tokens) / 16
+        numbers[channels // dim, :, channels % dim] += _unpack(packed, self.num_tokens) / 16 + zeros[:, None]
 
 
 StoredKV: TypeAlias = BlockKV | QuantizedKV
@@ -294,40 +307,63 @@ def quantize_into(payload: torch.Tensor, kv: BlockKV, precision: QuantizedPrecis
     """
     scheme, where = SCHEMES[precision], payload_map(kv.layout, kv.num_tokens, precision)
     states = BlockKV(kv.layout, kv.num_tokens, kv.data.detach().to("cpu", torch.float32))
-    key_scales = []
+    grid = _KeyGrid.of(states, where.num_refined, scheme.limit)
+    # NaN and infinity hand themselves on from a number to its scale.
+    sound = bool(torch.isfinite(grid.scales).all())
+    left = []
     for layer, sections in enumerate(where.layers):
-        keys, values = states.keys(layer), states.values(layer)
-        key_scale = _scales(keys.abs().amax(1, keepdim=True), scheme.limit)
-        value_scale = _scales(_value_tops(values, scheme.value_group), scheme.limit)
-        # NaN and infinity hand themselves on from a number to its scale.
-        if not (torch.isfinite(key_scale).all() and torch.isfinite(value_scale).all()):
-            raise InputError(explain_unfit(kv, precision, torch.float16, scheme.limit, wider="float32"))
-        _write(payload, sections.key_scales, key_scale)
-        _write(payload, sections.value_scales, value_scale)
-        per_number = value_scale.float()
+        channels = slice(*where.first_channel[layer : layer + 2])
+        exact, values = grid.exact(states, layer, channels), states.values(layer)
+        numbers = _rounded(exact, scheme.limit)
+        refined = grid.refined[(grid.refined >= channels.start) & (grid.refined < channels.stop)] - channels.start
+        at = (refined // exact.shape[-1], slice(None), refined % exact.shape[-1])
+        left.append(exact[at] - numbers[at])
+        _write(payload, sections.key_scales, grid.scales[channels])
+        _write(payload, sections.keys, _pack(numbers, scheme.bits))
+        scales = _scales(_value_tops(values, scheme.value_group), scheme.limit)
+        sound = sound and bool(torch.isfinite(scales).all())
+        per_number = scales.float()
         if scheme.value_group:
             per_number = per_number.repeat_interleave(scheme.value_group, dim=-1)[..., : values.shape[-1]]
-        _write(payload, sections.keys, _pack(_rounded(keys / key_scale.float(), scheme.limit), scheme.bits))
+        _write(payload, sections.value_scales, scales)
         _write(payload, sections.values, _pack(_rounded(values / per_number, scheme.limit), scheme.bits))
-        key_scales.append(key_scale.flatten())
-    _refine_into(payload, states, torch.cat(key_scales).float(), where, scheme)
+    if not sound:
+        raise InputError(explain_unfit(kv, precision, torch.float16, scheme.limit, wider="float32"))
+    _write(payload, where.refined, torch.stack([grid.refined, grid.zeros[grid.refined].long()]).int())
+    _write(payload, where.refinements, _pack((torch.cat(left) * 16).round_().clamp_(-8, 7), 4))
 
 
-def _refine_into(
-    payload: torch.Tensor, states: BlockKV, scales: torch.Tensor, where: PayloadMap, scheme: Scheme
-) -> None:
-    """Choose the channels of the largest scales, the first ones where they are equal, and write what q left of them."""
-    count = where.refined_channels.nbytes // 4
-    chosen = torch.sort(scales, descending=True, stable=True).indices[:count].sort().values
-    columns = []
-    for layer, first in enumerate(where.first_channel[:-1]):
-        mine = chosen[(chosen >= first) & (chosen < where.first_channel[layer + 1])] - first
+class _KeyGrid(NamedTuple):
+    """What the key channels of all layers are counted in.
+
+    Args:
+        scales: Float16, one per channel.
+        zeros: Float32 whole numbers, one per channel; 0 where a channel is not refined.
+        refined: The refined channels, ascending: those that reach furthest, the first ones of those that reach equally.
+    """
+
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    refined: torch.Tensor
+
+    @classmethod
+    def of(cls, states: BlockKV, count: int, limit: int) -> _KeyGrid:
+        """Choose them for a block of float32 states."""
+        keys = [states.keys(layer) for layer in range(states.layout.num_layers)]
+        low, high = (torch.cat([end(one, 1).flatten() for one in keys]) for end in (torch.amin, torch.amax))
+        reach = torch.maximum(high, -low)
+        refined = torch.sort(reach, descending=True, stable=True).indices[:count].sort().values
+        scales, zeros = _scales(reach, limit), torch.zeros_like(reach)
+        middle, half = (high + low)[refined] / 2, (high - low)[refined] / 2
+        scales[refined] = _scales(torch.maximum(half, middle.abs() * (limit / _LARGEST_ZERO)), limit, slack=0)
+        zeros[refined] = (middle / scales[refined].float()).round()
+        return cls(scales, zeros.clamp_(-_LARGEST_ZERO, _LARGEST_ZERO), refined)
+
+    def exact(self, states: BlockKV, layer: int, channels: slice) -> torch.Tensor:
+        """The keys of one layer, whose channels are `channels`, in units of their scales, from their zeros."""
         keys = states.keys(layer)
-        columns.append(keys[mine // keys.shape[-1], :, mine % keys.shape[-1]])
-    exact = torch.cat(columns) / scales[chosen, None]
-    refinements = ((exact - _rounded(exact, scheme.limit)) * 16).round_().clamp_(-8, 7)
-    _write(payload, where.refined_channels, chosen.int())
-    _write(payload, where.refinements, _pack(refinements, 4))
+        shape = (keys.shape[0], 1, keys.shape[2])
+        return keys / self.scales[channels].float().view(shape) - self.zeros[channels].view(shape)
 
 
 def _value_tops(values: torch.Tensor, group: int) -> torch.Tensor:
@@ -339,11 +375,11 @@ def _value_tops(values: torch.Tensor, group: int) -> torch.Tensor:
     return padded.view(*padded.shape[:-1], -1, group).amax(-1)
 
 
-def _scales(tops: torch.Tensor, limit: int) -> torch.Tensor:
-    """The nearest float16 to top / limit that keeps the top's rounding error within half of it."""
+def _scales(tops: torch.Tensor, limit: int, slack: float = 0.5) -> torch.Tensor:
+    """The nearest float16 to top / limit in which the top is limit + slack at most."""
     scales = (tops / limit).half().clamp_min_(2.0**-24)
     # Subnormal numbers are so coarse that the nearest may be too small by far.
-    too_small = scales.float() * (limit + 0.5) < tops
+    too_small = scales.float() * (limit + slack) < tops
     return torch.where(too_small, (scales.view(torch.int16) + 1).view(torch.float16), scales)
 
 

@@ -51,8 +51,8 @@ def scales_of(kv: QuantizedKV, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def refined_channels(kv: QuantizedKV) -> torch.Tensor:
-    where = kv.map.refined_channels
-    return kv.payload[where.offset : where.offset + where.nbytes].view(torch.int32).long()
+    where = kv.map.refined
+    return kv.payload[where.offset : where.offset + where.nbytes].view(torch.int32).view(2, -1)[0].long()
 
 
 layer_shapes = st.builds(LayerShape, *[st.integers(1, 3), st.integers(1, 40)] * 2)
@@ -106,8 +106,9 @@ def test_numbers_on_the_grid_come_back_exactly(precision):
     numbers = torch.randint(-limit, limit + 1, (UNIFORM.elements_per_token * 6,), generator=generator)
     kv = BlockKV(UNIFORM, 6, numbers * 0.25)
     for layer in range(UNIFORM.num_layers):
-        # Every channel and every token reaches the limit once, so that each scale is 0.25.
+        # Every channel and every token reaches both limits, so that each scale is 0.25, counted from zero.
         kv.keys(layer)[:, 0] = kv.values(layer)[:, 0] = -limit * 0.25
+        kv.keys(layer)[:, 1] = limit * 0.25
         kv.values(layer)[:, :, 0] = limit * 0.25
     small = quantize(kv, precision)
     for layer in range(UNIFORM.num_layers):
@@ -125,11 +126,27 @@ def test_the_channels_that_reach_furthest_are_refined_whatever_layer_they_are_in
     assert len(chosen) == 4 * 2 * 32 // SCHEMES[precision].refined_share
     assert {3 * 64 + 63, 3 * 64, 64 + 32 + 7} <= set(chosen.tolist())
     assert bool((chosen[1:] > chosen[:-1]).all())
-    scales = torch.cat([scales_of(small, layer)[0].flatten() for layer in range(4)])
-    others = torch.ones(len(scales), dtype=torch.bool)
+    reach = torch.cat([kv.keys(layer).abs().amax(1).flatten() for layer in range(4)])
+    others = torch.ones(len(reach), dtype=torch.bool)
     others[chosen] = False
-    assert scales[chosen].min() >= scales[others].max()
+    assert reach[chosen].min() >= reach[others].max()
     assert [small.first_refined[layer] for layer in (0, 4)] == [0, len(chosen)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("constant", [3.0, -400.0, 50_000.0])
+def test_a_constant_on_some_key_channels_costs_nothing(precision, constant):
+    """Projections with a bias (Qwen2) put numbers far from zero that hardly differ from token to token."""
+    kv = make_kv(UNIFORM, 20, spread=0)
+    shifted = BlockKV(UNIFORM, 20, kv.data.clone())
+    for layer in range(4):
+        shifted.keys(layer)[:, :, :2] += constant
+    small = quantize(shifted, precision)
+    for layer in range(4):
+        error = (small.keys(layer) - shifted.keys(layer))[:, :, :2].abs().amax()
+        reach = kv.keys(layer)[:, :, :2].abs().amax()
+        # A sixteenth of a scale, and what float32 and the largest zero leave of so large a constant.
+        assert error <= reach / SCHEMES[precision].limit / 15 + abs(constant) / 32767
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -162,7 +179,8 @@ def test_the_payload_is_what_the_page_draws(precision):
         return [read[head * tokens : (head + 1) * tokens] for head in range(heads)]
 
     count = -(-11 // (16 if precision == "int8" else 8))
-    chosen = torch.frombuffer(bytearray(take(4 * count)), dtype=torch.int32).tolist()
+    both = torch.frombuffer(bytearray(take(8 * count)), dtype=torch.int32).tolist()
+    chosen, zero = both[:count], dict(zip(both[:count], both[count:], strict=True))
     width = (tokens + 1) // 2
     raw = take(count * width)
     r = {channel: row(raw[i * width : (i + 1) * width], tokens) for i, channel in enumerate(chosen)}
@@ -173,7 +191,8 @@ def test_the_payload_is_what_the_page_draws(precision):
             for t in range(tokens):
                 for channel in range(shape.key_dim):
                     number = head * shape.key_dim + channel
-                    extra = r[before + number][t] / 16 if before + number in r else 0
+                    at_all = before + number
+                    extra = r[at_all][t] / 16 + zero[at_all] if at_all in r else 0
                     assert small.keys(layer)[head, t, channel] == (q[head][t][channel] + extra) * scales[number]
         before += shape.key_size
         groups = -(-shape.value_dim // 32)
@@ -270,13 +289,15 @@ def test_a_scale_that_cannot_be_is_found_wherever_it_is(precision, bits):
 def test_refined_channels_that_cannot_be_are_found(precision):
     """Compiled code writes where they point."""
     small = quantize(make_kv(UNIFORM, 3), precision)
-    where = small.map.refined_channels
-    channels = small.payload[where.offset : where.offset + where.nbytes].view(torch.int32)
-    for place, value in ((0, -1), (len(channels) - 1, 256), (1, int(channels[0])), (2, int(channels[1]) - 1)):
-        kept = int(channels[place])
-        channels[place] = value
+    where = small.map.refined
+    numbers = small.payload[where.offset : where.offset + where.nbytes].view(torch.int32)
+    count = small.map.num_refined
+    wrong = ((0, -1), (count - 1, 256), (1, int(numbers[0])), (2, int(numbers[1]) - 1))
+    for place, value in (*wrong, (count, -32768), (2 * count - 1, 32768)):
+        kept = int(numbers[place])
+        numbers[place] = value
         assert small.damage() == "channel"
-        channels[place] = kept
+        numbers[place] = kept
     assert small.damage() is None
 
 

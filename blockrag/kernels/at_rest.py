@@ -36,7 +36,8 @@ class AtRest:
             elements and the scales (0 where there are none).
         borders: Where each layer begins, in bytes, and the last one ends; what lies before them belongs to the first.
         first_channel: The number of each layer's first key channel.
-        refined: Where the numbers of the refined key channels begin, and their refinements; 0 where there are none.
+        refined: Where the numbers of the refined key channels begin, behind which their zeros lie, and their
+            refinements; 0 where there are none.
         num_refined: How many there are.
         num_channels: Key channels, refined or not.
         value_group: Channels that share one scale of a token's values; 0 where scales belong to channels.
@@ -105,8 +106,8 @@ def _quantized_at_rest(layout: KVLayout, num_tokens: int, precision: QuantizedPr
         np.array(pairs, np.int64),
         (0, *(one.key_scales.offset for one in where.layers[1:]), where.nbytes),
         where.first_channel[:-1],
-        (where.refined_channels.offset, where.refinements.offset),
-        where.refined_channels.nbytes // 4,
+        (where.refined.offset, where.refinements.offset),
+        where.num_refined,
         where.first_channel[-1],
         SCHEMES[precision].value_group,
     )

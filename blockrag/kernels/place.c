@@ -94,8 +94,8 @@ static void rotate(float *restrict row, const struct slot *slot, const float *re
 struct source {
     const uint8_t *scales, *elements;
     int64_t row_bytes, groups; /* groups of channels that share a scale of a token */
-    /* Refined channels of keys, counted from the first channel of `heads` x `dim`, and their rows of nibbles. */
-    const int32_t *refined;
+    /* Refined channels of keys, counted from the first channel of `heads` x `dim`, their zeros, their rows of nibbles. */
+    const int32_t *refined, *zeros;
     const uint8_t *refinements;
     int64_t first_refined, end_refined, refined_before; /* refined_before: number of the tensor's first channel */
 };
@@ -121,7 +121,7 @@ static void read_refinements(const struct slot *slot, const struct source *sourc
         float *column = added + (source->refined[r] - before);
         for (int64_t t = token; t < token + count; t++) {
             int32_t number = t < bytes ? pairs[t] & 15 : pairs[t - bytes] >> 4;
-            column[(t - token) * slot->dim] = (float)(number - 8) * 0.0625f;
+            column[(t - token) * slot->dim] = (float)source->zeros[r] + (float)(number - 8) * 0.0625f;
         }
     }
 }
@@ -311,13 +311,14 @@ int blockrag_place(const struct slot *slots, int32_t first, int32_t last, const 
     if (precision < FLOAT32 || precision > INT4) return -1;
     for (int32_t s = first; s < last; s++)
         if (slots[s].dim > MAX_DIM) return -1;
-    const int32_t *channels = (const int32_t *)payload;
-    const uint8_t *refinements = payload + aligned(4 * refined);
-    int64_t offset = aligned(aligned(4 * refined) + refined * ((tokens + 1) / 2));
+    const int32_t *channels = (const int32_t *)payload, *zeros = channels + refined;
+    const uint8_t *refinements = payload + aligned(8 * refined);
+    int64_t offset = aligned(aligned(8 * refined) + refined * ((tokens + 1) / 2));
     int64_t channel = 0, next = 0;
     for (int32_t s = 0; s < last; s++) {
         const struct slot *slot = &slots[s];
-        struct source source = {0, 0, (slot->dim * bits[precision] + 7) / 8, 0, channels, refinements, next, next, channel};
+        struct source source = {0, 0, (slot->dim * bits[precision] + 7) / 8, 0, channels, zeros, refinements,
+                                next, next, channel};
         if (s % 2 == 0) {
             channel += (int64_t)slot->heads * slot->dim;
             while (next < refined && channels[next] < channel) next++;

@@ -115,7 +115,7 @@ class CompiledPlacement:
         if isinstance(kv, BlockKV):
             payload, code, refined = kv.data, _DTYPES[kv.data.dtype], 0
         else:
-            payload, code, refined = kv.payload, _QUANTIZED[kv.precision], kv.map.refined_channels.nbytes // 4
+            payload, code, refined = kv.payload, _QUANTIZED[kv.precision], kv.map.num_refined
         compiled = library()
         if compiled is None:
             raise AssertionError("of() gives a placement only where there is a library")

@@ -67,15 +67,18 @@ def _invert(
     REFINED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Which of a block's refined channels a channel is, counted from 1. Grid: tiles of refined channels, blocks.
+    """Which of a block's refined channels a channel is, counted from 1, and its zero. Grid: tiles of these, blocks.
 
-    `blocks` int64 (blocks): where the refined channels begin, from `number`. `ordinals` int32 (blocks, CHANNELS), zero.
+    `blocks` int64 (blocks): where the refined channels begin, from `number`. `ordinals` int32 (blocks, 2, CHANNELS),
+    zeros: the ordinals, then what numbers are counted from.
     """
     block = tl.program_id(1).to(tl.int64)
     ordinal = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = ordinal < REFINED
-    channel = tl.load(number + tl.load(blocks + block) + ordinal, mask=mask, other=0)
-    tl.store(ordinals + block * CHANNELS + channel, ordinal + 1, mask=mask)
+    refined = number + tl.load(blocks + block) + ordinal
+    to = ordinals + block * 2 * CHANNELS + tl.load(refined, mask=mask, other=0)
+    tl.store(to, ordinal + 1, mask=mask)
+    tl.store(to + CHANNELS, tl.load(refined + REFINED, mask=mask, other=0), mask=mask)
 
 
 @_jit
@@ -87,15 +90,17 @@ def _refinement(
     tokens: tl.tensor,
     token: tl.tensor,
     mask: tl.tensor,
+    CHANNELS: tl.constexpr,
 ) -> tl.tensor:
     """What refines a tile of key channels, by their numbers in the block; 0 where nothing does."""
     ordinal = tl.load(ordinals + channel, mask=known, other=0)
+    zero = tl.load(ordinals + CHANNELS + channel, mask=known, other=0).to(tl.float32)
     width = (tokens + 1) // 2
     high = token >= width
     at = (ordinal - 1)[None, :] * width + tl.where(high, token - width, token)[:, None]
     # 136 is two zeros.
     pair = tl.load(nibbles + at, mask=tl.where(mask, ordinal[None, :], 0) > 0, other=136).to(tl.int32)
-    return (tl.where(high[:, None], pair >> 4, pair & 15) - 8).to(tl.float32) / 16
+    return (tl.where(high[:, None], pair >> 4, pair & 15) - 8).to(tl.float32) / 16 + zero[None, :]
 
 
 @_jit
@@ -125,7 +130,7 @@ def _read(
     else:
         numbers = tl.load(elements + row * DIM + channel[None, :], mask=mask, other=0).to(tl.float32)
     if CHANNELS > 0:
-        numbers += _refinement(ordinals, nibbles, head * DIM + channel, channel < DIM, tokens, token, mask)
+        numbers += _refinement(ordinals, nibbles, head * DIM + channel, channel < DIM, tokens, token, mask, CHANNELS)
     if BITS <= 8:
         if GROUP == 0:
             scale = tl.load(scales + head * DIM + channel, mask=channel < DIM, other=0)
@@ -180,7 +185,7 @@ def _place(
     target = targets + tl.program_id(2) * 9
     tokens = tl.load(blocks + block * 4)
     position = tl.load(blocks + block * 4 + 1)
-    ordinals = ordinal + tl.load(blocks + block * 4 + 2) * CHANNELS + tl.load(target + 8)
+    ordinals = ordinal + tl.load(blocks + block * 4 + 2) * 2 * CHANNELS + tl.load(target + 8)
     nibbles = nibble + tl.load(blocks + block * 4 + 3)
     source = sources + (block * num_sources + tl.load(target)) * 2
     payload_at = tl.load(source)
@@ -350,9 +355,9 @@ class TritonPlacement:
                 self._launch(precision, shape, seen, indices)
 
     def _inverted(self, blocks: Sequence[PlacedBlock]) -> torch.Tensor:
-        """See `_invert`; int32, shape (blocks, key channels)."""
+        """See `_invert`; int32, shape (blocks, 2, key channels)."""
         at_rest, device = blocks[0].at_rest, self._rows[0].states.device
-        ordinals = torch.zeros((len(blocks), max(1, at_rest.num_channels)), dtype=torch.int32, device=device)
+        ordinals = torch.zeros((len(blocks), 2, max(1, at_rest.num_channels)), dtype=torch.int32, device=device)
         number = _anchor(torch.int32, device)
         begins = np.array([block.address + block.at_rest.refined[0] for block in blocks], np.int64)
         (table,) = self._link.upload((begins - number.data_ptr()) // 4)
@@ -361,7 +366,7 @@ class TritonPlacement:
             table,
             number,
             ordinals,
-            CHANNELS=ordinals.shape[1],
+            CHANNELS=ordinals.shape[2],
             REFINED=at_rest.num_refined,
             TILE=tile,
             enable_fp_fusion=True,
@@ -428,7 +433,7 @@ class TritonPlacement:
             OTHERS=others,
             OTHERS_ROOM=_room(others),
             GROUP=0 if shape.keys else blocks[0].at_rest.value_group,
-            CHANNELS=anchors[2].shape[1] if shape.keys else 0,
+            CHANNELS=anchors[2].shape[2] if shape.keys else 0,
             PAGED=self._slots is not None,
             PACK=16 // anchors[0].element_size() if aligned else 0,
             TILE=_TILE,
