@@ -11,10 +11,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from blockrag import codec
 from blockrag.errors import InputError, StoreError
+from blockrag.kv import BlockKV
 from blockrag.model.overlap import overlapped
 from blockrag.model.prefill import plan_batches, prefill_batch
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from blockrag.codec import Precision
-    from blockrag.kv import BlockKV
     from blockrag.model.profile import ModelProfile, Regime
     from blockrag.prompt import Block
     from blockrag.quantize import StoredKV
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["BlockWriter", "MaterializeReport"]
 
 logger = logging.getLogger(__name__)
+
+_Computed: TypeAlias = BlockKV | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,9 @@ class BlockWriter:
         """Keys and encoded blocks, each once the store has it; blocks are written while the next are computed."""
         batches = plan_batches([len(token_ids) for _, token_ids in missing], self.batch_tokens)
 
-        def finish(computed: tuple[str, BlockKV]) -> tuple[str, bytearray]:
+        def finish(computed: tuple[str, _Computed]) -> tuple[str, bytearray]:
             key, kv = computed
-            data = self._encode(key, kv)
+            data = self._encode(key, kv) if isinstance(kv, BlockKV) else kv
             try:
                 store.put(key, data)
             except StoreError as error:
@@ -144,10 +146,18 @@ class BlockWriter:
 
         yield from overlapped((self._prefill([missing[i] for i in batch], regime) for batch in batches), finish)
 
-    def _prefill(self, batch: Sequence[tuple[str, Sequence[int]]], regime: Regime) -> list[tuple[str, BlockKV]]:
+    def _prefill(self, batch: Sequence[tuple[str, Sequence[int]]], regime: Regime) -> list[tuple[str, _Computed]]:
+        """Keys and states of one batch: encoded already on a CPU, as the model computed them on a GPU.
+
+        torch keeps a team of threads for each thread that calls it. Two teams on the same cores wait for each other:
+        encoding in a second thread made prefill 1.5 times as long.
+        """
         with self.lock:
             computed = prefill_batch(self.model, self.profile, regime, [token_ids for _, token_ids in batch])
-        return [(key, kv) for (key, _), kv in zip(batch, computed, strict=True)]
+        keys = [key for key, _ in batch]
+        if self.model.device.type != "cpu":
+            return list(zip(keys, computed, strict=True))
+        return [(key, self._encode(key, kv)) for key, kv in zip(keys, computed, strict=True)]
 
     def _encode(self, key: str, kv: BlockKV) -> bytearray:
         try:
