@@ -18,9 +18,9 @@ run() {
 
 for part in $parts; do
     case $part in
-    tiny) run ttft --shape tiny-15m --lengths 50,128,256,512,1K,2K,4K,8K,16K,32K --repeats 3 ;;
+    tiny) run ttft --shape tiny-15m --lengths 50,128,256,512,1K,2K,4K,8K,16K,32K --repeats 3 --once full,stock,cold ;;
     100m) run ttft --shape 100m --lengths 50,128,256,512,1K,2K,4K,8K --repeats 3 ;;
-    1b) run ttft --shape llama-3.2-1b --lengths 256,512,1K,2K,4K,8K --repeats 3 --once full,cold ;;
+    1b) run ttft --shape llama-3.2-1b --lengths 256,512,1K,2K,4K,8K --repeats 3 --once full,stock,cold ;;
     1b-32k)
         run ttft --shape llama-3.2-1b --lengths 32K --modes full,seed,disk,memory,kept --once full --repeats 3 \
             --output benchmarks/results/32k

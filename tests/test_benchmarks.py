@@ -95,7 +95,8 @@ def test_every_sample_of_every_mode_is_kept(result: dict[str, Any]) -> None:
     assert [point["prompt_tokens"] for point in result["points"]] == [5, 32, 96, 1024]
     for point in result["points"]:
         assert list(point["modes"]) == modes
-        assert point["full_over"]["ttft_s"].keys() == {*modes} - {"full"}
+        for whole in ("full", "stock"):
+            assert point[f"{whole}_over"]["ttft_s"].keys() == {*modes} - {whole}
         for name, mode in point["modes"].items():
             for taken in (mode["ttft_s"], mode["processor_s"]):
                 assert taken["n"] == len(taken["samples"]) == (1 if name == "cold" else 2)
@@ -103,9 +104,9 @@ def test_every_sample_of_every_mode_is_kept(result: dict[str, Any]) -> None:
             assert mode["bound_s"] > 0
             assert {"compose_s", "query_prefill_s", "other_s"} <= mode["parts_s"].keys()
         assert point["steps_s"].keys() == STEPS.keys()
-        assert {mode["first_token"] for name, mode in point["modes"].items() if name != "full"} == {
-            point["modes"]["memory"]["first_token"]
-        }
+        tokens = {name: mode["first_token"] for name, mode in point["modes"].items()}
+        assert tokens.pop("full") == tokens.pop("stock")
+        assert set(tokens.values()) == {tokens["memory"]}
 
 
 def test_a_prompt_without_passages_is_the_query_alone(result: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ __all__ = ["draw"]
 
 _STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#D55E00", "marker": "o"},
+    "stock": {"color": "#7F3B08", "marker": "H"},
     "cold": {"color": "#E69F00", "marker": "D"},
     "seed": {"color": "#CC79A7", "marker": "X"},
     "disk-uncached": {"color": "#56B4E9", "marker": "v"},

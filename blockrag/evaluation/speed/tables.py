@@ -12,6 +12,7 @@ __all__ = ["LABELS", "PART_LABELS", "compose", "decode", "label", "memory", "pre
 
 LABELS = {
     "full": "full prefill",
+    "stock": "full prefill, transformers alone",
     "cold": "blocks, none stored",
     "seed": "published way, from memory",
     "disk-uncached": "blocks from disk, not cached",
@@ -75,8 +76,13 @@ def ttft(result: dict[str, Any]) -> list[str]:
 
 
 def _times(points: Sequence[dict[str, Any]], modes: Sequence[str], measure: str) -> str:
-    ratios = [mode for mode in modes if mode not in ("full", "cold")] if "full" in modes else []
-    header = ["prompt tokens", "blocks", "at rest", *map(label, modes), *(f"full / {mode}" for mode in ratios)]
+    ratios = [
+        (whole, mode)
+        for whole in ("full", "stock")
+        for mode in modes
+        if whole in modes and mode not in ("full", "stock", "cold")
+    ]
+    header = ["prompt tokens", "blocks", "at rest", *map(label, modes), *(f"{one} / {mode}" for one, mode in ratios)]
     return table(
         header,
         (
@@ -85,7 +91,7 @@ def _times(points: Sequence[dict[str, Any]], modes: Sequence[str], measure: str)
                 str(point["blocks"]),
                 size(point["bytes_at_rest"]),
                 *(spread_cell(point["modes"][mode][measure]) for mode in modes),
-                *(f"{point['full_over'][measure][mode]:.1f}x" for mode in ratios),
+                *(f"{point[f'{whole}_over'][measure][mode]:.1f}x" for whole, mode in ratios),
             ]
             for point in points
         ),

@@ -3,6 +3,7 @@
 Every prompt is passages of random tokens and a query. The modes:
 
     full           attention="full": no block is reused, the prompt is prefilled whole
+    stock          the same by transformers alone: its sdpa attention, its dynamic cache, torch's default products
     cold           block attention, empty store: every passage is computed, and put into a memory store
     disk-uncached  every passage in a directory; its files are dropped from the page cache before each request
     disk           every passage in a directory, read through the page cache
@@ -38,7 +39,7 @@ from blockrag.evaluation.speed.retrieval import RandomIndex
 from blockrag.evaluation.speed.seed import SeedBlocks, seed_can_compose
 from blockrag.evaluation.speed.steps import measure_steps, stored_blocks
 from blockrag.evaluation.speed.stores import ComparedStores
-from blockrag.evaluation.speed.ways import FirstToken, composed, drop_page_cache, seeded
+from blockrag.evaluation.speed.ways import FirstToken, composed, drop_page_cache, seeded, stock_prefilled
 from blockrag.stores import MemoryStore
 
 if TYPE_CHECKING:
@@ -51,9 +52,11 @@ __all__ = ["LENGTHS", "MODES", "TtftSettings", "available_modes", "measure_ttft"
 
 LENGTHS = (50, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """The lengths of the paper's table (arXiv 2409.15355, table 3)."""
-MODES = ("full", "cold", "seed", "disk-uncached", "disk", "memory", "pinned", "device", "kept")
+MODES = ("full", "stock", "cold", "seed", "disk-uncached", "disk", "memory", "pinned", "device", "kept")
 
 _GPU_MODES = ("pinned", "device")
+# No block is composed.
+_WHOLE = ("full", "stock")
 _GROWTH = range(1024, 32768 + 1)
 
 
@@ -227,8 +230,13 @@ def _ways(
         drop_page_cache(stores.directory)
         return block(stores.disk)
 
+    def stock() -> FirstToken:
+        with stock_attention(model.model):
+            return stock_prefilled(model, prompt)
+
     ways: dict[str, Callable[[], FirstToken]] = {
         "full": lambda: composed(model, prompt, stores.memory, attention="full", reused=0),
+        "stock": stock,
         "cold": lambda: block(MemoryStore(), 0),
         "disk-uncached": uncached,
         "disk": lambda: block(stores.disk),
@@ -261,7 +269,7 @@ def _ways(
 
 def _check_tokens(samples: Mapping[str, Sequence[FirstToken]], *, exact: bool) -> None:
     """Composing gives one first token, wherever the blocks come from; in float32 also the published way."""
-    composing = {mode: {one.token_id for one in taken} for mode, taken in samples.items() if mode != "full"}
+    composing = {mode: {one.token_id for one in taken} for mode, taken in samples.items() if mode not in _WHOLE}
     if not exact:
         composing.pop("seed", None)
     if len(set().union(*composing.values())) > 1:
@@ -288,7 +296,7 @@ def _summary(subject: Subject, point: _Point, rates: Rates) -> dict[str, Any]:
         "bytes_at_rest": point.at_rest_bytes,
         "cache_bytes": subject.cache_bytes(sum(point.blocks)),
         "modes": modes,
-        "full_over": {measure: _ratios(modes, measure) for measure in ("ttft_s", "processor_s")},
+        **{f"{whole}_over": {m: _ratios(modes, whole, m) for m in ("ttft_s", "processor_s")} for whole in _WHOLE},
         "steps_s": point.steps,
         "search_s": spread(point.search_s) if point.search_s else None,
         "flops": None if work is None else work.flops(),
@@ -303,6 +311,7 @@ def _work(subject: Subject, point: _Point) -> Work | None:
 def _bounds(work: Work, rates: Rates, modes: Sequence[str]) -> dict[str, float]:
     others = {
         "full": work.full_s(rates),
+        "stock": work.full_s(rates),
         "cold": work.cold_s(rates),
         "kept": work.query_s(rates),
         "device": work.warm_s(replace(rates, upload_bytes_per_s=None)),
@@ -312,10 +321,10 @@ def _bounds(work: Work, rates: Rates, modes: Sequence[str]) -> dict[str, float]:
     return {mode: others.get(mode, work.warm_s(rates)) for mode in modes}
 
 
-def _ratios(modes: dict[str, dict[str, Any]], measure: str) -> dict[str, float]:
-    """How many times as long as each other mode the full prefill takes, by medians."""
+def _ratios(modes: dict[str, dict[str, Any]], whole: str, measure: str) -> dict[str, float]:
+    """How many times as long as each other mode one that prefills the whole prompt takes, by medians."""
     medians = {mode: entry[measure]["median"] for mode, entry in modes.items()}
-    return {mode: medians["full"] / median for mode, median in medians.items() if mode != "full" and "full" in medians}
+    return {mode: medians[whole] / median for mode, median in medians.items() if mode != whole and whole in medians}
 
 
 def _growth(points: Sequence[dict[str, Any]], raw: Sequence[_Point], rates: Rates, subject: Subject) -> dict[str, Any]:
@@ -326,7 +335,7 @@ def _growth(points: Sequence[dict[str, Any]], raw: Sequence[_Point], rates: Rate
     modes = {}
     for mode in raw[0].samples:
         taken = slope(lengths, [point["modes"][mode]["ttft_s"]["median"] for point, _ in chosen])
-        if mode in ("full", "cold") or taken is None:
+        if mode in (*_WHOLE, "cold") or taken is None:
             continue
         bound = slope(lengths, [_growing_s(work, mode, rates) for work in works]) if works else None
         over = None if bound is None else taken / bound
@@ -349,6 +358,6 @@ def _break_even(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "shortest_measured": lengths[0],
         "prompt_tokens": {
-            mode: crossing(lengths, medians["full"], taken) for mode, taken in medians.items() if mode != "full"
+            mode: crossing(lengths, medians["full"], taken) for mode, taken in medians.items() if mode not in _WHOLE
         },
     }

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.cache_utils import DynamicCache
+
+from blockrag.evaluation.speed.forward import query_logits
 from blockrag.evaluation.speed.machine import synchronize
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.usage import GenerationTimings, Usage
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from blockrag.prompt import SegmentedPrompt
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["FirstToken", "composed", "drop_page_cache", "seeded"]
+__all__ = ["FirstToken", "composed", "drop_page_cache", "seeded", "stock_prefilled"]
 
 _ONE_TOKEN = GenerationOptions(max_new_tokens=1, ignore_eos=True)
 # Not parts of the way to the first token.
@@ -114,6 +117,17 @@ def seeded(model: BlockModel, prompt: SegmentedPrompt, blocks: SeedBlocks) -> Fi
     parts = dict(zip(_SEED_PARTS, (compose_s, query_prefill_s), strict=True))
     parts["other_s"] = ttft_s - sum(parts.values())
     return FirstToken(token_id, ttft_s, processor_s, parts)
+
+
+def stock_prefilled(model: BlockModel, prompt: SegmentedPrompt) -> FirstToken:
+    """One request as transformers serves it by itself: the whole prompt at once; run it under `stock_attention`."""
+    token_ids = [token for block in prompt.as_full().blocks for token in block.token_ids]
+    watch = _Stopwatch(str(model.model.device.type))
+    token_id = int(query_logits(model.model, DynamicCache(config=model.model.config), token_ids, 0).argmax())
+    ttft_s, processor_s = watch.read()
+    return FirstToken(
+        token_id, ttft_s, processor_s, {**dict.fromkeys(_SEED_PARTS, 0.0), "query_prefill_s": ttft_s, "other_s": 0.0}
+    )
 
 
 def drop_page_cache(directory: Path) -> None:
