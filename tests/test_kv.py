@@ -29,6 +29,13 @@ def test_layout_arithmetic() -> None:
     assert RAGGED.nbytes(5, 2) == 42 * 5 * 2
 
 
+def test_equal_layouts_are_one_key() -> None:
+    again = KVLayout(tuple(LayerShape(2, 4, 2, 4) for _ in range(3)))
+    assert again == EQUAL
+    assert hash(again) == hash(EQUAL)
+    assert len({again, EQUAL, RAGGED}) == 2
+
+
 def test_equal_layers_are_a_plain_contiguous_tensor() -> None:
     tokens = 5
     data = torch.arange(EQUAL.elements_per_token * tokens, dtype=torch.float32)
