@@ -111,7 +111,9 @@ def ttft(
     modes: Annotated[
         str | None,
         typer.Option(
-            "--modes", help="Some of full,stock,cold,seed,disk-uncached,disk,memory,pinned,device,kept.", show_default=False
+            "--modes",
+            help="Some of full,stock,cold,seed,disk-uncached,disk,memory,pinned,device,kept.",
+            show_default=False,
         ),
     ] = None,
     once: Annotated[
