@@ -9,7 +9,7 @@ beside the bandwidth of a plain copy measured in the same run, counted the same 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ComposeSettings", "measure_compose"]
 
-_WAYS = ("request", "place")
+_WAYS = ("request", "place", "copy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,9 +126,15 @@ def _measure_point(
         decoded = _fill(subject, blocks, store, settings.seed)
         at_rest = store.stats().bytes
         placer = Placer(subject, decoded, room=1)
+        timed = {
+            "request": lambda: _request_s(subject, blocks, store),
+            "place": lambda: _seconds(subject, placer.place),
+            # Into the very memory of the cache: how fast that is depends on where the memory lies.
+            "copy": lambda: _seconds(subject, placer.copy),
+        }
 
         def run(way: str, counts: bool) -> float:
-            seconds = _request_s(subject, blocks, store) if way == "request" else _place_s(subject, placer)
+            seconds = timed[way]()
             if counts:
                 samples[way].append(seconds)
             return seconds
@@ -179,18 +185,20 @@ def _request_s(subject: Subject, blocks: Sequence[Block], store: MemoryStore) ->
     return seconds
 
 
-def _place_s(subject: Subject, placer: Placer) -> float:
+def _seconds(subject: Subject, action: Callable[[], None]) -> float:
     synchronize(subject.device)
     started = time.perf_counter()
-    placer.place()
+    action()
     synchronize(subject.device)
     return time.perf_counter() - started
 
 
 def _add_rates(point: dict[str, Any], rates: Rates) -> None:
-    """Bytes per second, and the share of a plain copy's bandwidth."""
+    """Bytes per second, and the share of the bandwidth of a plain copy into the same memory in the same turns."""
     moved = point["bytes_at_rest"] + point["cache_bytes"]
-    copy = 2 * rates.copy_bytes_per_s
-    point["bound_s"] = moved / copy
-    point["bytes_per_s"] = {way: moved / taken["median"] for way, taken in point["seconds"].items()}
-    point["share_of_copy"] = {way: rate / copy for way, rate in point["bytes_per_s"].items()}
+    seconds = {way: taken["median"] for way, taken in point["seconds"].items()}
+    copied = seconds.pop("copy")
+    copy = 2 * point["cache_bytes"] / copied
+    point["bound_s"] = moved / (2 * rates.copy_bytes_per_s)
+    point["bytes_per_s"] = {"copy": copy, **{way: moved / taken for way, taken in seconds.items()}}
+    point["share_of_copy"] = {way: moved / taken / copy for way, taken in seconds.items()}

@@ -111,7 +111,8 @@ class Placer:
         self._tokens = sum(block.num_tokens for block in blocks)
         self._regime = subject.profile.regime_for(self._tokens + room)
         self._readers = Readers()
-        self.cache = PromptCache(
+        self._new_cache = partial(
+            PromptCache,
             subject.layout,
             subject.profile.structure,
             capacity=self._tokens + room,
@@ -120,6 +121,8 @@ class Placer:
             device=subject.model.model.device,
             pool=BufferPool(max_bytes=0),
         )
+        self.cache = self._new_cache()
+        self._like: PromptCache | None = None
 
     def place(self) -> None:
         """Convert, rotate and place all blocks, in as many threads as a request uses."""
@@ -139,9 +142,22 @@ class Placer:
         self._readers.run([place_some] * threads)
         composition.finish()
 
+    def copy(self) -> None:
+        """Copy as many bytes into the same rows, from a cache like it, with torch: what placing is compared with."""
+        if self._like is None:
+            self._like = self._new_cache()
+            for layer in self._like.kv_layers:
+                for rows in layer.extend(self._tokens):
+                    rows.zero_()
+        for layer, like in zip(self.cache.kv_layers, self._like.kv_layers, strict=True):
+            layer.keys.copy_(like.keys[:, :, -layer.keys.shape[2] :])
+            layer.values.copy_(like.values[:, :, -layer.values.shape[2] :])
+
     def close(self) -> None:
-        """Give the cache's memory back."""
+        """Give the memory back."""
         self.cache.release()
+        if self._like is not None:
+            self._like.release()
 
 
 def stored_blocks(subject: Subject, prompt: SegmentedPrompt, store: BlockStore) -> list[StoredKV]:
