@@ -82,33 +82,33 @@ def _ttft(result: dict[str, Any]) -> Figure:
     if bound and all(point["modes"][bound]["bound_s"] for point in points):
         bounds = [point["modes"][bound]["bound_s"] for point in points]
         axes.plot(lengths, bounds, color=_GRAY, linestyle=(0, (4, 3)), linewidth=1.4, label="bound, blocks from memory")
-    ratios = "full" in modes and bound is not None
-    if ratios:
-        _annotate_ratios(axes, points, str(bound))
+    whole = next((mode for mode in ("stock", "full") if mode in modes), None)
+    if whole and bound:
+        _annotate_ratios(axes, points, whole, bound)
     _logarithmic(axes, lengths)
     axes.set_xlabel(f"prompt length in tokens, {result['settings']['query_tokens']} of them the question")
     axes.set_ylabel("time to first token")
     axes.legend(frameon=False, loc="upper left", fontsize=9)
-    note = f"; numbers: full prefill / {label(str(bound))}" if ratios else ""
+    note = f"\nnumbers: {label(whole)} / {label(bound)}" if whole and bound else ""
     _title(axes, result, "Time to first token", f"median of {_repeats(result)}, band from least to most{note}")
     return figure
 
 
-def _annotate_ratios(axes: Any, points: Sequence[dict[str, Any]], mode: str) -> None:
-    """How many times as long the full prefill takes, above its points: there the lines lie apart."""
+def _annotate_ratios(axes: Any, points: Sequence[dict[str, Any]], whole: str, mode: str) -> None:
+    """How many times as long prefilling the whole prompt takes, above its points: there the lines lie apart."""
     for point in points:
         if not point["blocks"]:
             continue
-        ratio = point["full_over"]["ttft_s"][mode]
+        ratio = point[f"{whole}_over"]["ttft_s"][mode]
         axes.annotate(
             f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x",
-            (point["prompt_tokens"], point["modes"]["full"]["ttft_s"]["median"]),
+            (point["prompt_tokens"], point["modes"][whole]["ttft_s"]["median"]),
             xytext=(0, 8),
             textcoords="offset points",
             ha="center",
             fontsize=9,
             fontweight="bold",
-            color=_STYLES["full"]["color"],
+            color=_STYLES[whole]["color"],
         )
 
 
@@ -140,7 +140,7 @@ def _ttft_parts(result: dict[str, Any]) -> Figure | None:
             bottoms = [bottom + share for bottom, share in zip(bottoms, shares, strict=True)]
         for position, point in enumerate(points):
             seconds = point["modes"][mode]["ttft_s"]["median"]
-            axes.text(position, 101.5, _short(seconds), ha="center", fontsize=8, color=_GRAY)
+            axes.text(position, 101.5, _short(seconds), ha="center", fontsize=7, color=_GRAY)
         axes.set_xticks(range(len(points)), [_tokens(point["prompt_tokens"]) for point in points])
         axes.set_xlabel("prompt length in tokens")
         axes.set_title(label(mode), fontsize=11, pad=14)
@@ -257,8 +257,9 @@ def _logarithmic(axes: Any, lengths: Sequence[int], *, seconds: bool = True) -> 
 
 
 def _title(axes: Any, result: dict[str, Any], title: str, details: str) -> None:
-    axes.set_title(f"{title}: {_subject(result)}", fontsize=13, loc="left", pad=24)
-    axes.text(0, 1.025, f"{place(result)}; {details}", transform=axes.transAxes, fontsize=9, color=_GRAY)
+    text = f"{place(result)}; {details}"
+    axes.set_title(f"{title}: {_subject(result)}", fontsize=13, loc="left", pad=24 + 12 * text.count("\n"))
+    axes.text(0, 1.025, text, transform=axes.transAxes, fontsize=9, color=_GRAY)
 
 
 def _subject(result: dict[str, Any]) -> str:
