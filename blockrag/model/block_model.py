@@ -244,6 +244,14 @@ class BlockModel:
         ids.update(added[text] for text in self.template.stop if text in added)
         return frozenset(ids)
 
+    @property
+    def context_window(self) -> int | None:
+        """Most tokens of prompt and answer together: what can be placed exactly, or what the configuration says."""
+        if self.profile is not None and self.profile.max_tokens is not None:
+            return self.profile.max_tokens
+        said = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(said) if said else None
+
     def block_key(self, token_ids: Sequence[int]) -> str:
         """The key under which `materialize` stores a block: 64 hexadecimal digits."""
         return self._source.key(token_ids, self._shortest_regime(len(token_ids)))

@@ -6,8 +6,8 @@ Source: https://huggingface.co/docs/transformers/internal/generation_utils
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from transformers.generation.logits_process import (
@@ -21,6 +21,13 @@ from transformers.generation.logits_process import (
 from blockrag.errors import InputError
 
 __all__ = ["GenerationOptions", "Sampler"]
+
+# What frameworks and the OpenAI API call these options.
+_ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "stop_sequences": "stop",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +62,40 @@ class GenerationOptions:
             raise InputError(f'stop must be a sequence of strings, got the string {self.stop!r}; pass ("{self.stop}",)')
         object.__setattr__(self, "stop", tuple(self.stop))
         checks = {
-            "max_new_tokens": self.max_new_tokens >= 1,
+            "max_new_tokens": isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
             "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
+            "top_k": isinstance(self.top_k, int) and self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
-            "seed": self.seed is None or -(1 << 63) <= self.seed < 1 << 64,
+            "seed": self.seed is None or (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 64),
             "stop": all(isinstance(s, str) and s for s in self.stop),
         }
         for name, valid in checks.items():
             if not valid:
                 raise InputError(f"{name}={getattr(self, name)!r} is out of range; see GenerationOptions")
+
+    def updated(self, changes: Mapping[str, object]) -> GenerationOptions:
+        """These options with some of them changed, under the names that frameworks and the OpenAI API use.
+
+        Args:
+            changes: Values by name; `max_tokens` and `max_completion_tokens` mean `max_new_tokens`, `stop_sequences`
+                means `stop`, and `stop` may be a single string. None leaves an option as it is.
+
+        Raises:
+            InputError: A name is unknown, or a value has the wrong type or is out of range.
+        """
+        known = {field.name for field in fields(self)}
+        values: dict[str, object] = {}
+        for name, value in changes.items():
+            option = _ALIASES.get(name, name)
+            if option not in known:
+                raise InputError(f"there is no option {name!r}; known are {', '.join(sorted(known | set(_ALIASES)))}")
+            if value is not None:
+                values[option] = (value,) if option == "stop" and isinstance(value, str) else value
+        try:
+            return replace(self, **values)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise InputError(f"an option has a value of the wrong type ({error}): {values}") from error
 
 
 class Sampler:

@@ -31,6 +31,18 @@ class Usage:
         """Tokens of the prompt."""
         return self.tokens_reused + self.tokens_computed
 
+    def as_openai(self) -> dict[str, object]:
+        """The counts under the names of the OpenAI API: what was reused counts as cached.
+
+        Source: https://platform.openai.com/docs/api-reference/chat/object (usage).
+        """
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.new_tokens,
+            "total_tokens": self.prompt_tokens + self.new_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.tokens_reused},
+        }
+
     def charge(self, blocks: int, tokens: int) -> None:
         """Count some blocks as computed that were found only because the same request had just computed them."""
         if blocks <= self.blocks_reused - self.blocks_kept:

@@ -13,7 +13,7 @@ from blockrag.errors import PromptError
 
 __all__ = ["Block", "BlockKind", "SegmentedPrompt"]
 
-BlockKind = Literal["prefix", "passage", "turn", "query"]
+BlockKind = Literal["prefix", "passage", "separator", "turn", "query"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class Block:
         token_ids: Its token ids.
         text: Exactly what was tokenized, markup included.
         local: True: its tokens attend only to this block. False: they see everything before it as well.
-        kind: What it is, for reports: the prefix, a passage (or demonstration, or piece of text), a turn, the query.
+        kind: What it is, for reports: the prefix, a passage (or demonstration, or piece of text), what separates two
+            passages, a turn, the query.
         source: Id of the passage it shows, empty if it shows none.
     """
 

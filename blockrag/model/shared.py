@@ -1,0 +1,111 @@
+"""One model per configuration and process, for callers that can only carry plain values.
+
+Framework components are copied, pickled and rebuilt in other processes; a loaded model cannot be. They carry a
+`ModelConfig` instead and ask here for the model, which is loaded when the first of them does. Components with equal
+configurations thereby share one model, one worker thread and one block store, which is what lets an ingestion step
+prefill for a language model that was configured elsewhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blockrag.errors import InputError
+from blockrag.model.block_model import Attention, BlockModel
+from blockrag.stores import open_store
+
+if TYPE_CHECKING:
+    from blockrag.codec import Precision
+    from blockrag.stores.protocol import BlockStore
+
+__all__ = ["DEFAULT_STORE", "ModelConfig", "register_model", "shared_model", "shared_store"]
+
+DEFAULT_STORE = "memory://?max_bytes=2GiB"
+"""The store of a configuration that names none."""
+
+_REGISTERED = "registered:"
+_LOCK = threading.RLock()
+_MODELS: dict[ModelConfig, BlockModel] = {}
+_STORES: dict[str, BlockStore] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What makes two models the same for callers in one process: the arguments of `BlockModel.from_pretrained`.
+
+    Args:
+        model: A directory, a hub id, or "demo".
+        store: URL of the block store, as `open_store` takes it. Equal URLs are one store, also across models.
+        device: See `BlockModel.from_pretrained`.
+        dtype: See `BlockModel.from_pretrained`.
+        attention: See `BlockModel`.
+        precision: See `BlockModel`.
+        block_fine_tuned: See `BlockModel.from_pretrained`.
+        namespace: See `BlockModel`.
+    """
+
+    model: str = "demo"
+    store: str = DEFAULT_STORE
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: Attention = "block"
+    precision: Precision | None = None
+    block_fine_tuned: bool | None = None
+    namespace: str = ""
+
+
+def shared_model(config: ModelConfig) -> BlockModel:
+    """The model of a configuration, loaded when it is first asked for.
+
+    Raises:
+        InputError: It cannot be loaded, or was registered in another process.
+        UnsupportedModelError: It cannot be composed exactly.
+        StoreError: The store's directory cannot be used.
+    """
+    with _LOCK:
+        found = _MODELS.get(config)
+        if found is None:
+            if config.model.startswith(_REGISTERED):
+                raise InputError(
+                    f"model {config.model!r} was made from an object in another process, which cannot be rebuilt here; "
+                    "configure it by its directory or hub id"
+                )
+            found = _MODELS[config] = BlockModel.from_pretrained(
+                config.model,
+                store=shared_store(config.store),
+                device=config.device,
+                dtype=config.dtype,
+                attention=config.attention,
+                precision=config.precision,
+                block_fine_tuned=config.block_fine_tuned,
+                namespace=config.namespace,
+            )
+        return found
+
+
+def shared_store(url: str) -> BlockStore:
+    """The store of a URL, opened when it is first asked for.
+
+    Raises:
+        InputError: The URL is none `open_store` takes.
+        StoreError: The store's directory cannot be used.
+    """
+    with _LOCK:
+        if url not in _STORES:
+            _STORES[url] = open_store(url)
+        return _STORES[url]
+
+
+def register_model(model: BlockModel) -> ModelConfig:
+    """Make a model that exists already available under a configuration; valid in this process only."""
+    with _LOCK:
+        for config, known in _MODELS.items():
+            if known is model:
+                return config
+        config = ModelConfig(
+            model=f"{_REGISTERED}{model.name}#{len(_MODELS)}", store=model.store.url, attention=model.attention
+        )
+        _MODELS[config] = model
+        return config

@@ -1,0 +1,171 @@
+"""Functions a model may call: prompts that offer them, in the model's own chat template, and calls read from answers.
+
+A chat template is asked to render the messages with a marker in the place of everything that comes from outside; what
+stands around the markers is markup, and what they stand for is content, which can never act as markup.
+Source: https://huggingface.co/docs/transformers/chat_extras
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from blockrag.errors import PromptError
+from blockrag.prompt.encode import Span, check_text, content, markup
+from blockrag.prompt.message import Excerpt, Message, Part, ToolCall
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["parse_tool_calls", "render_with_tools", "supports_tools", "trimmed"]
+
+_Marker: TypeAlias = Callable[[list[Part | Span]], str]
+# Hermes and Qwen mark each call; Mistral marks a list of them; Llama 3 answers with the bare call.
+_MARKED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+_LEADS = ("[TOOL_CALLS]", "<|python_tag|>")
+
+
+def supports_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's chat template shows tools."""
+    template = tokenizer.chat_template
+    sources = template.values() if isinstance(template, Mapping) else [template]
+    return any("tools" in str(source) for source in sources if source)
+
+
+def render_with_tools(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()
+) -> Iterator[Part | Span]:
+    """A conversation in the tokenizer's own chat template: spans, and the passages between them.
+
+    Raises:
+        PromptError: The chat template has no place for tools, refuses the messages, or leaves out what one says.
+    """
+    if not supports_tools(tokenizer):
+        raise PromptError(
+            f"the chat template of {tokenizer.name_or_path!r} shows no tools; use a model whose template does, or call "
+            "it without tools"
+        )
+    fills: dict[str, list[Part | Span]] = {}
+    nonce = secrets.token_hex(4)
+
+    def marker(pieces: list[Part | Span]) -> str:
+        name = f"Filler{nonce}N{len(fills)}E"
+        fills[name] = pieces
+        return name
+
+    rows = [_row(message, marker) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            rows, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=False
+        )
+    # A chat template is foreign code: it refuses messages by raising whatever it likes.
+    except Exception as error:
+        roles = [message.role for message in messages]
+        raise PromptError(f"the model's chat template cannot show the roles {roles}: {error}") from error
+    pattern = re.compile(rf"(Filler{nonce}N\d+E)")
+    shown = pattern.split(str(text))
+    for name, pieces in fills.items():
+        if pieces and name not in shown:
+            said = "".join(piece.text for piece in pieces if isinstance(piece, (Span, Excerpt)))
+            raise PromptError(
+                f"the model's chat template leaves out {said[:60]!r}; use a model whose template shows it"
+            )
+    for piece in shown:
+        if piece in fills:
+            yield from fills[piece]
+        elif piece:
+            yield markup(piece)
+
+
+def _row(message: Message, marker: _Marker) -> dict[str, object]:
+    """One message as chat templates take it."""
+    row: dict[str, object] = {"role": message.role, "content": marker(trimmed(message.parts)) if message.parts else ""}
+    if message.tool_calls:
+        row["tool_calls"] = [
+            {
+                "type": "function",
+                "id": call.id,
+                "function": {"name": call.name, "arguments": _marked_arguments(dict(call.arguments), marker)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        row |= {"tool_call_id": message.tool_call_id, "name": message.name}
+    return row
+
+
+def _marked_arguments(value: object, marker: _Marker) -> object:
+    """Arguments with markers for their strings, which are written as JSON strings without their quotes."""
+    if isinstance(value, str):
+        return marker([content(json.dumps(value, ensure_ascii=False)[1:-1])]) if value else value
+    if isinstance(value, Mapping):
+        return {name: _marked_arguments(inner, marker) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_marked_arguments(inner, marker) for inner in value]
+    return value
+
+
+def trimmed(parts: Sequence[Part], *, strip: bool = False) -> list[Part | Span]:
+    """Parts with text as content spans; white space at the ends of excerpts is moved out of them.
+
+    Args:
+        parts: What a message says.
+        strip: Drop the white space at the ends of the message.
+
+    Raises:
+        PromptError: A text holds a lone surrogate.
+    """
+    pieces: list[Part | Span] = []
+    for part in parts:
+        if isinstance(part, Excerpt):
+            body = check_text("a passage", part.text).strip()
+            before, _, after = part.text.partition(body) if body else (part.text, "", "")
+            pieces += [content(before), Excerpt(body, part.passage), content(after)]
+        else:
+            pieces.append(content(check_text("a message", part)) if isinstance(part, str) else part)
+    pieces = [piece for piece in pieces if not isinstance(piece, (Span, Excerpt)) or piece.text]
+    if strip and pieces and isinstance(pieces[0], Span):
+        pieces[0] = content(pieces[0].text.lstrip())
+    if strip and pieces and isinstance(pieces[-1], Span):
+        pieces[-1] = content(pieces[-1].text.rstrip())
+    return pieces
+
+
+def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """Read the calls from an answer.
+
+    Understands `<tool_call>{...}</tool_call>` (Hermes, Qwen), a JSON object or list of them as the whole answer
+    (Llama 3, and Mistral behind its mark).
+
+    Args:
+        text: The answer.
+
+    Returns:
+        The text apart from the calls, and the calls with ids made here; no calls, and the whole text, if what looks
+        like one is not valid JSON with a name.
+    """
+    if "<tool_call>" in text:
+        found = [call for match in _MARKED.finditer(text) for call in _calls(match[1])]
+        return (_MARKED.sub("", text).strip(), tuple(found)) if found else (text, ())
+    bare = text.strip()
+    for lead in _LEADS:
+        bare = bare.removeprefix(lead).strip()
+    calls = _calls(bare) if bare.startswith(("{", "[")) else []
+    return ("", tuple(calls)) if calls else (text, ())
+
+
+def _calls(source: str) -> list[ToolCall]:
+    try:
+        value = json.loads(source)
+    except (ValueError, RecursionError):
+        return []
+    calls = []
+    for item in value if isinstance(value, list) else [value]:
+        arguments = item.get("arguments", item.get("parameters")) if isinstance(item, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(item.get("name"), str):
+            return []
+        calls.append(ToolCall(item["name"], arguments, id=f"call_{secrets.token_hex(8)}"))
+    return calls
