@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockrag.encoders.given import GivenVectors
 from blockrag.encoders.lexical import CorpusCounts, LexicalEncoder
 from blockrag.encoders.protocol import CorpusStatistics, Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError
@@ -24,6 +25,7 @@ __all__ = [
     "CorpusCounts",
     "CorpusStatistics",
     "Encoder",
+    "GivenVectors",
     "LexicalEncoder",
     "RescoringEncoder",
     "SentenceTransformerEncoder",

@@ -5,6 +5,6 @@ knows nothing of the other.
 """
 
 from blockrag.index.passage_index import PassageIndex
-from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexStats
+from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexOrigin, IndexStats
 
-__all__ = ["Change", "DocumentInfo", "DocumentUpdate", "IndexStats", "PassageIndex"]
+__all__ = ["Change", "DocumentInfo", "DocumentUpdate", "IndexOrigin", "IndexStats", "PassageIndex"]

@@ -18,7 +18,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ from blockrag.index.records import DocumentInfo
 from blockrag.index.vectors import Rows
 from blockrag.passage import Passage
 
-__all__ = ["PassageDatabase", "StoredPassage", "TermCounts", "encode_metadata"]
+__all__ = ["SUPERSEDED", "PassageDatabase", "StoredPassage", "TermCounts", "encode_metadata", "peek"]
+
+SUPERSEDED = "superseded"
+"""The fingerprint under which a document's mark lies among its content hashes: no fingerprint is this word, and
+directories written before there were marks stay readable."""
 
 _SCHEMA_VERSION = "1"
 _TABLES = {
@@ -75,6 +79,26 @@ class StoredPassage:
     title: str
     text: str
     metadata: str
+    document_id: str
+
+
+def peek(path: Path) -> tuple[str, int] | None:
+    """Encoder name and dimension of the database at `path`, read without an encoder; None when there is none yet.
+
+    Raises:
+        PassageIndexError: The file cannot be read, or is not a passage index.
+    """
+    try:
+        if not path.exists() or not path.stat().st_size:
+            return None
+        with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as connection:
+            connection.execute("PRAGMA trusted_schema = OFF")
+            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                return None  # another process is about to create it
+            facts = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('encoder', 'dimension')"))
+        return str(facts["encoder"]), int(facts["dimension"])
+    except (OSError, sqlite3.Error, KeyError, ValueError) as error:
+        raise PassageIndexError(f"{path} is no passage index ({error}); pass another directory") from error
 
 
 class PassageDatabase:
@@ -316,9 +340,14 @@ class PassageDatabase:
 
     def stored(self, document_id: str) -> list[StoredPassage]:
         """A document's passages with their rows, in order."""
-        sql = """SELECT row, ordinal, id, title, text, metadata FROM passage
+        sql = """SELECT row, ordinal, id, title, text, metadata, document_id FROM passage
                  WHERE document_id = ? ORDER BY ordinal, row"""
         return [StoredPassage(*columns) for columns in self._run(sql, (document_id,))]
+
+    def stored_passages(self, passage_ids: Collection[str]) -> list[StoredPassage]:
+        """Those of these passages that are there, in no particular order."""
+        sql = "SELECT row, ordinal, id, title, text, metadata, document_id FROM passage WHERE id IN (?)"
+        return [StoredPassage(*columns) for columns in self._with_list(sql, passage_ids)]
 
     def rows_of(self, passage_ids: Collection[str]) -> dict[str, tuple[int, str]]:
         """Row and document of each of these passages that is there."""
@@ -341,6 +370,29 @@ class PassageDatabase:
         if not found or (found[0][0] is None and fingerprint):
             return None
         return str(found[0][0] or "")
+
+    def superseded(self) -> set[str]:
+        """The documents that are marked to be replaced."""
+        found = self._run("SELECT document_id FROM document_hash WHERE fingerprint = ?", (SUPERSEDED,))
+        return {document_id for (document_id,) in found}
+
+    def is_document(self, document_id: str) -> bool:
+        """Whether the document exists, be it without passages."""
+        return bool(self._run("SELECT 1 FROM document WHERE id = ?", (document_id,)))
+
+    def copy_to(self, path: Path) -> None:
+        """Make the file at `path` a copy of this database, whatever it held; a crash leaves what it held.
+
+        Raises:
+            PassageIndexError: The file cannot be written.
+        """
+        try:
+            with self._lock, closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as target:
+                self._connection.backup(target)
+        except sqlite3.Error as error:
+            raise PassageIndexError(
+                f"{self._where} cannot be copied to {path} ({error}); check that the disk has room and nobody uses it"
+            ) from error
 
     def block_keys(self, fingerprint: str | None) -> set[str]:
         """All block keys, or those recorded under one fingerprint."""
@@ -410,9 +462,30 @@ class PassageDatabase:
         """Delete a document whose passages are deleted."""
         self._run("DELETE FROM document WHERE id = ?", (document_id,))
 
+    def delete_if_empty(self, document_ids: Collection[str]) -> None:
+        """Delete those of these documents that have no passages."""
+        sql = """DELETE FROM document WHERE id IN (?)
+                 AND NOT EXISTS (SELECT 1 FROM passage WHERE document_id = document.id)"""
+        self._with_list(sql, document_ids)
+
+    def delete_everything(self) -> set[str]:
+        """Delete all documents with all that hangs on them; returns the block keys they had."""
+        keys = self.block_keys(None)
+        self._run("DELETE FROM document")
+        self._run("DELETE FROM term")
+        return keys
+
     def forget_hashes(self, document_id: str) -> None:
-        """Drop all content hashes of a document, because its passages changed."""
-        self._run("DELETE FROM document_hash WHERE document_id = ?", (document_id,))
+        """Drop all content hashes of a document, because its passages changed; a mark stays."""
+        self._run("DELETE FROM document_hash WHERE document_id = ? AND fingerprint != ?", (document_id, SUPERSEDED))
+
+    def mark_superseded(self, document_id: str) -> None:
+        """Mark a document that exists."""
+        self.set_hash(document_id, SUPERSEDED, "")
+
+    def unmark_superseded(self, document_id: str) -> None:
+        """Take the mark from a document that may have one."""
+        self._run("DELETE FROM document_hash WHERE document_id = ? AND fingerprint = ?", (document_id, SUPERSEDED))
 
     def set_hash(self, document_id: str, fingerprint: str, content_hash: str) -> None:
         """Record what a document was replaced with under a fingerprint."""

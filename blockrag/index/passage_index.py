@@ -1,8 +1,11 @@
 """`PassageIndex`: passages found by meaning, kept in step with documents that come, change and go.
 
 It joins the database (the truth) with the searchable vectors (derived), decides what a write changes, and asks the
-encoder for exactly the vectors that are missing. It knows no language model and no block store; of KV states it
-keeps only the keys, so that they can be dropped when their last passage goes.
+encoder for exactly the vectors that are missing, unless the caller brings them. It knows no language model and no
+block store; of KV states it keeps only the keys, so that they can be dropped when their last passage goes.
+
+A document may be marked as superseded: it answers until its next version is added, which then replaces it in one
+transaction. That serves callers who must say "delete" before they have the new version.
 
 Consistency: a write is one SQLite transaction, so a killed process leaves either all of it or nothing. Before every
 search the stamp of the database is compared with the stamp of the vectors, and what other processes committed is
@@ -14,18 +17,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
 
 from blockrag.encoders.protocol import Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
-from blockrag.index.database import PassageDatabase, StoredPassage, TermCounts, encode_metadata
+from blockrag.index.database import SUPERSEDED, PassageDatabase, StoredPassage, TermCounts, encode_metadata, peek
 from blockrag.index.locks import ReadWriteLock
-from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexStats
+from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexOrigin, IndexStats
 from blockrag.index.vectors import Kind, Rows, VectorFileError, VectorIndex
 from blockrag.passage import Hit, Passage
 
@@ -83,6 +87,19 @@ class PassageIndex:
             self._database.close()
             raise
 
+    @classmethod
+    def peek(cls, path: str | Path) -> IndexOrigin | None:
+        """What built the index in a directory, for callers who must choose an encoder before they can open it.
+
+        Returns:
+            None when there is no index yet.
+
+        Raises:
+            PassageIndexError: The directory holds something else, or cannot be read.
+        """
+        found = peek(Path(path) / _DATABASE_FILE)
+        return None if found is None else IndexOrigin(*found)
+
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def replace_document(
@@ -122,36 +139,134 @@ class PassageIndex:
         """
         return self._write(documents, replace=True)
 
-    def add(self, passages: Sequence[Passage]) -> Change:
+    def add(
+        self,
+        passages: Sequence[Passage],
+        *,
+        vectors: Vectors | None = None,
+        block_keys: Mapping[str, Sequence[str]] | None = None,
+        fingerprint: str = "",
+    ) -> Change:
         """Add passages to their documents, in one embedding batch and one transaction.
 
-        Other passages of those documents stay. A passage whose id is there already is kept when title and text are
-        equal, and replaced when not. Documents that change lose their recorded content hash.
+        Other passages of those documents stay, unless the document is marked as superseded: then it has only these
+        afterwards, and no mark. A passage whose id is there already is kept when title and text are equal, and
+        replaced when not. Documents that change lose their recorded content hash.
+
+        Args:
+            passages: The passages, of any documents.
+            vectors: `[len(passages), dimension]` float32 made elsewhere; None has the encoder embed. A passage is
+                then kept only when its vector is equal as well, and one that another document has moves to its new
+                document.
+            block_keys: As in `replace_document`.
+            fingerprint: What the keys were computed under.
 
         Raises:
-            InputError: A passage id occurs twice or belongs to another document, or metadata is not JSON-serialisable.
-            PassageIndexError: The database is damaged, locked or closed.
+            InputError: A passage id occurs twice or (without vectors) belongs to another document, metadata is not
+                JSON-serialisable, or the vectors have another shape or are not finite. Nothing is changed.
+            PassageIndexError: The database is damaged, locked or closed. Nothing is changed.
         """
+        given = None if vectors is None else self._given(passages, vectors)
         grouped: dict[str, list[Passage]] = {}
         for passage in passages:
             grouped.setdefault(passage.document_id, []).append(passage)
-        return self._write([DocumentUpdate(name, group) for name, group in grouped.items()], replace=False)
+        unknown = set(block_keys or ()) - {passage.id for passage in passages}
+        if unknown:
+            raise InputError(f"block keys are given for passage {min(unknown)!r}, which is not among those added")
+        updates = []
+        for name, group in grouped.items():
+            keys = {passage.id: block_keys[passage.id] for passage in group if block_keys and passage.id in block_keys}
+            updates.append(DocumentUpdate(name, group, block_keys=keys, fingerprint=fingerprint))
+        return self._write(updates, replace=False, given=given)
 
     def delete_document(self, document_id: str) -> Change:
         """Delete a document and its passages; an unknown document is no error and changes nothing."""
         _storable("document id", document_id)
+        return self._delete_documents(lambda: [document_id])
+
+    def delete_passages(self, passage_ids: Collection[str]) -> Change:
+        """Delete passages in one transaction, and the documents whose last passage goes; unknown ids are ignored.
+
+        Documents that lose passages lose their recorded content hash.
+        """
+        for passage_id in passage_ids:
+            _storable("passage id", passage_id)
         with self._writer, self._lock.writing():
             with self._database.transaction():
                 before = self._database.stamp
-                stored = self._database.stored(document_id)
+                stored = self._database.stored_passages(set(passage_ids))
                 keys = self._delete(stored)
-                self._database.delete_document(document_id)
-                orphans = self._database.unused(keys)
-                if stored:
+                self._leave({passage.document_id for passage in stored})
+                change, after = self._deleted(stored, keys)
+            self._apply(before, after, gone=[passage.row for passage in stored])
+        return change
+
+    def clear(self) -> Change:
+        """Delete everything."""
+        with self._writer, self._lock.writing():
+            with self._database.transaction():
+                before, rows = self._database.stamp, self._database.rows().tolist()
+                keys = self._database.delete_everything()
+                if rows:
                     self._database.bump_stamp()
                 after = self._database.stamp
+            self._apply(before, after, gone=rows)
+        return Change(removed=len(rows), orphaned_block_keys=frozenset(keys))
+
+    def mark_superseded(self, document_id: str) -> bool:
+        """Announce that a document will be replaced; until then it answers, also after a restart.
+
+        The next `add` or `replace_document` of the document replaces all it has and takes the mark away;
+        `drop_superseded` deletes it if that does not come. Its recorded content hash is forgotten.
+
+        Returns:
+            Whether there is such a document; an unknown one is not marked.
+        """
+        _storable("document id", document_id)
+        with self._writer, self._database.transaction():
+            if not self._database.is_document(document_id):
+                return False
+            self._database.forget_hashes(document_id)
+            self._database.mark_superseded(document_id)
+            return True
+
+    def superseded(self) -> set[str]:
+        """The documents that are marked."""
+        return self._database.superseded()
+
+    def drop_superseded(self, document_ids: Collection[str] | None = None) -> Change:
+        """Delete the documents that are marked still: all of them, or those among `document_ids`."""
+
+        def marked() -> list[str]:
+            found = self._database.superseded()
+            return sorted(found if document_ids is None else found.intersection(document_ids))
+
+        return self._delete_documents(marked)
+
+    def _delete_documents(self, choose: Callable[[], Sequence[str]]) -> Change:
+        """Delete the documents that `choose` names inside the transaction."""
+        with self._writer, self._lock.writing():
+            with self._database.transaction():
+                before, names = self._database.stamp, choose()
+                stored = [passage for name in names for passage in self._database.stored(name)]
+                keys = self._delete(stored)
+                for name in names:
+                    self._database.delete_document(name)
+                change, after = self._deleted(stored, keys)
             self._apply(before, after, gone=[passage.row for passage in stored])
-        return Change(removed=len(stored), orphaned_block_keys=orphans)
+        return change
+
+    def _deleted(self, stored: Sequence[StoredPassage], keys: Collection[str]) -> tuple[Change, str]:
+        """The change that these deletions are, and the stamp after it; still inside the transaction."""
+        if stored:
+            self._database.bump_stamp()
+        return Change(removed=len(stored), orphaned_block_keys=self._database.unused(keys)), self._database.stamp
+
+    def _leave(self, document_ids: Collection[str]) -> None:
+        """Forget the hashes of documents that lost passages, and documents that lost their last one."""
+        for document_id in document_ids:
+            self._database.forget_hashes(document_id)
+        self._database.delete_if_empty(document_ids)
 
     def set_block_keys(self, passage_id: str, fingerprint: str, keys: Sequence[str]) -> Change:
         """Record which blocks hold a passage's KV states under a fingerprint; replaces those recorded before.
@@ -168,76 +283,120 @@ class PassageIndex:
             before = self._database.set_blocks(found[0], fingerprint, keys)
             return Change(kept=1, orphaned_block_keys=self._database.unused(before))
 
-    def _write(self, documents: Sequence[DocumentUpdate], *, replace: bool) -> Change:
+    def _write(self, documents: Sequence[DocumentUpdate], *, replace: bool, given: _ById | None = None) -> Change:
         _check_updates(documents)
         if not documents:
             return Change()
-        vectors: dict[tuple[str, str], Vectors] = {}
+        vectors: dict[str, Vectors] = dict(given or {})
         with self._writer:
             while True:
                 with self._database.transaction(writing=False):
-                    plans = self._plan(documents, replace=replace)
+                    plans = self._plan(documents, replace=replace, given=given)
                 # Embedding is slow: it happens outside transactions and beside searches. Should another process
                 # change these documents meanwhile, the plan made inside the transaction asks for more: once more then.
                 self._embed([passage for plan in plans for _, passage in plan.fresh], vectors)
                 with self._lock.writing():
-                    change = self._commit(documents, vectors, replace=replace)
+                    change = self._commit(documents, vectors, replace=replace, given=given)
                 if change is not None:
                     return change
 
-    def _plan(self, documents: Sequence[DocumentUpdate], *, replace: bool) -> list[_Plan]:
+    def _plan(self, documents: Sequence[DocumentUpdate], *, replace: bool, given: _ById | None) -> list[_Plan]:
         """What each document's update means for the passages stored now."""
-        plans = [_plan_document(update, self._database.stored(update.document_id), replace) for update in documents]
+        marked = self._database.superseded()
+        plans = []
+        for update in documents:
+            stored = self._database.stored(update.document_id)
+            changed = frozenset[str]() if given is None else self._with_other_vectors(stored, given)
+            plans.append(_plan_document(update, stored, replace or update.document_id in marked, changed))
         leaving = {passage.row for plan in plans for passage in plan.gone}
-        fresh = {passage.id: passage for plan in plans for _, passage in plan.fresh}
-        for passage_id, (row, owner) in self._database.rows_of(fresh).items():
-            if row not in leaving:
+        fresh = {passage.id: plan for plan in plans for _, passage in plan.fresh}
+        for passage in self._database.stored_passages(fresh):
+            if passage.row in leaving:
+                continue
+            if given is None:
                 raise InputError(
-                    f"passage id {passage_id!r} of document {fresh[passage_id].document_id!r} belongs to document "
-                    f"{owner!r} already; ids are unique in an index: put the document id into the passage id"
+                    f"passage id {passage.id!r} of document {fresh[passage.id].document_id!r} belongs to document "
+                    f"{passage.document_id!r} already; ids are unique in an index: put the document id into the "
+                    "passage id"
                 )
+            fresh[passage.id].gone.append(passage)
         return plans
 
-    def _embed(self, passages: Sequence[Passage], vectors: dict[tuple[str, str], Vectors]) -> None:
-        """Add the vectors that `vectors` lacks, by title and text."""
-        missing: dict[tuple[str, str], Passage] = {}
-        for passage in passages:
-            if (passage.title, passage.text) not in vectors:
-                missing.setdefault((passage.title, passage.text), passage)
-        if not missing:
+    def _given(self, passages: Sequence[Passage], vectors: Vectors) -> _ById:
+        """Vectors from outside by passage id, checked."""
+        checked = self._checked_vectors(vectors, what="vectors")
+        if len(checked) != len(passages):
+            raise InputError(f"{len(checked)} vectors are given for {len(passages)} passages; pass one for each")
+        return {passage.id: vector for passage, vector in zip(passages, checked, strict=True)}
+
+    def _checked_vectors(self, vectors: Vectors, *, what: str) -> Vectors:
+        """`[n, dimension]` float32, finite."""
+        array = np.asarray(vectors, dtype=np.float32)
+        if array.size == 0:
+            return np.zeros((0, self._encoder.dimension), dtype=np.float32)
+        if array.ndim != 2 or array.shape[1] != self._encoder.dimension:
+            raise InputError(
+                f"{what} have shape {array.shape}, but the index of {self._encoder.name!r} holds "
+                f"{self._encoder.dimension} dimensions: use the embedding model that built it, or a new index"
+            )
+        if not np.isfinite(array).all():
+            row = int(np.argmin(np.isfinite(array).all(axis=1)))
+            raise InputError(f"{what}: row {row} is not finite; check the embedding model's precision and weights")
+        return array
+
+    def _with_other_vectors(self, stored: Sequence[StoredPassage], given: _ById) -> frozenset[str]:
+        """The ids of the stored passages whose vector is not the one that is given."""
+        ids = {passage.row: passage.id for passage in stored if passage.id in given}
+        rows, vectors = self._database.embeddings(np.array(sorted(ids), dtype=np.int64))
+        pairs = zip(rows.tolist(), vectors, strict=True)
+        return frozenset(ids[row] for row, vector in pairs if not np.array_equal(vector, given[ids[row]]))
+
+    def _embed(self, passages: Sequence[Passage], vectors: dict[str, Vectors]) -> None:
+        """Add the vectors that `vectors` lacks, by passage id; equal texts are embedded once."""
+        missing = [passage for passage in passages if passage.id not in vectors]
+        first = {(passage.title, passage.text): passage for passage in reversed(missing)}
+        distinct = list(first.values())[::-1]
+        if not distinct:
             return
-        embedded = self._encoder.encode_passages(list(missing.values()))
-        if embedded.shape != (len(missing), self._encoder.dimension):
+        embedded = self._encoder.encode_passages(distinct)
+        if embedded.shape != (len(distinct), self._encoder.dimension):
             raise PassageIndexError(
-                f"encoder {self._encoder.name!r} gave vectors of shape {embedded.shape} for {len(missing)} passages, "
-                f"not ({len(missing)}, {self._encoder.dimension}); fix the encoder"
+                f"encoder {self._encoder.name!r} gave vectors of shape {embedded.shape} for {len(distinct)} passages, "
+                f"not ({len(distinct)}, {self._encoder.dimension}); fix the encoder"
             )
         finite = np.isfinite(embedded).all(axis=1)
         if not finite.all():
-            culprit = list(missing.values())[int(np.argmin(finite))]
+            culprit = distinct[int(np.argmin(finite))]
             raise PassageIndexError(
                 f"encoder {self._encoder.name!r} gave a vector that is not finite for passage {culprit.id!r}; check "
                 "the encoder's precision and weights"
             )
-        vectors.update(zip(missing, embedded.astype(np.float32, copy=False), strict=True))
+        by_text = {
+            (passage.title, passage.text): vector
+            for passage, vector in zip(distinct, embedded.astype(np.float32, copy=False), strict=True)
+        }
+        vectors.update((passage.id, by_text[passage.title, passage.text]) for passage in missing)
 
     def _commit(
-        self, documents: Sequence[DocumentUpdate], vectors: Mapping[tuple[str, str], Vectors], *, replace: bool
+        self, documents: Sequence[DocumentUpdate], vectors: _ById, *, replace: bool, given: _ById | None
     ) -> Change | None:
         """One transaction and its effect on the vectors; None, and nothing done, when a vector is missing."""
         with self._database.transaction():
             before = self._database.stamp
-            plans = self._plan(documents, replace=replace)
-            if any((p.title, p.text) not in vectors for plan in plans for _, p in plan.fresh):
+            plans = self._plan(documents, replace=replace, given=given)
+            if any(passage.id not in vectors for plan in plans for _, passage in plan.fresh):
                 return None
-            keys = self._delete([passage for plan in plans for passage in plan.gone])
+            leaving = [passage for plan in plans for passage in plan.gone]
+            keys = self._delete(leaving)
             new: dict[int, Vectors] = {}
             for update, plan in zip(documents, plans, strict=True):
                 new.update(self._insert(update, plan, vectors))
                 keys |= self._set_blocks(update)
                 self._set_hashes(update, changed=plan.changes, replace=replace)
+            # What moved to another document came out of one that is not in this update.
+            self._leave({passage.document_id for passage in leaving} - {update.document_id for update in documents})
             self._count_terms([p for plan in plans for _, p in plan.fresh], +1)
-            gone = [passage.row for plan in plans for passage in plan.gone]
+            gone = [passage.row for passage in leaving]
             if new or gone:
                 self._database.bump_stamp()
             orphans = self._database.unused(keys)
@@ -246,15 +405,13 @@ class PassageIndex:
         kept = sum(len(plan.kept) for plan in plans)
         return Change(added=len(new), kept=kept, removed=len(gone), orphaned_block_keys=orphans)
 
-    def _insert(
-        self, update: DocumentUpdate, plan: _Plan, vectors: Mapping[tuple[str, str], Vectors]
-    ) -> dict[int, Vectors]:
+    def _insert(self, update: DocumentUpdate, plan: _Plan, vectors: _ById) -> dict[int, Vectors]:
         self._database.put_document(update.document_id)
         for ordinal, stored, passage in plan.kept:
             self._database.revise(stored, passage, ordinal)
         new: dict[int, Vectors] = {}
         for ordinal, passage in plan.fresh:
-            vector = vectors[passage.title, passage.text]
+            vector = vectors[passage.id]
             new[self._database.insert(passage, ordinal, vector)] = vector
         return new
 
@@ -273,6 +430,7 @@ class PassageIndex:
         return replaced
 
     def _set_hashes(self, update: DocumentUpdate, *, changed: bool, replace: bool) -> None:
+        self._database.unmark_superseded(update.document_id)
         if changed:
             self._database.forget_hashes(update.document_id)
         if replace:
@@ -322,11 +480,7 @@ class PassageIndex:
         self, questions: Sequence[str], k: int = 5, *, where: Mapping[str, object] | None = None
     ) -> list[list[Hit]]:
         """`search` for many questions at once; equal to searching each alone."""
-        if k < 1:
-            raise InputError(f"k is {k}; ask for at least 1 passage")
-        for name, value in (where or {}).items():
-            if name == "document_id" and isinstance(value, str):
-                _storable("document id", value)
+        _check_search(k, where)
         self._catch_up()
         queries = self._encode_queries(questions)
         hits: list[list[Hit]] = []
@@ -337,13 +491,65 @@ class PassageIndex:
                 hits += self._hits(questions[some], queries[some], k, allowed)
         return hits
 
+    def search_vectors(
+        self,
+        queries: Vectors,
+        k: int = 5,
+        *,
+        where: Mapping[str, object] | None = None,
+        passage_ids: Collection[str] | None = None,
+    ) -> list[list[Hit]]:
+        """The `k` passages of greatest inner product with each query vector, best first.
+
+        Args:
+            queries: `[n, dimension]` float32. A zero vector finds nothing.
+            k: How many; fewer are returned when there are fewer.
+            where: As in `search`.
+            passage_ids: Only these passages, exact for every kind of index; unknown ids find nothing.
+
+        Returns:
+            For each query its hits, ordered as `search` orders them.
+
+        Raises:
+            InputError: `k` is less than 1, the vectors have another shape or are not finite, or a value of `where` is
+                not JSON-serialisable.
+            PassageIndexError: The database is damaged, locked or closed.
+        """
+        _check_search(k, where)
+        for passage_id in passage_ids or ():
+            _storable("passage id", passage_id)
+        checked = self._checked_vectors(queries, what="query vectors")
+        self._catch_up()
+        hits: list[list[Hit]] = []
+        with self._lock.reading():
+            allowed = self._database.matching(where) if where else None
+            if passage_ids is not None:
+                chosen = np.array([row for row, _ in self._database.rows_of(set(passage_ids)).values()], dtype=np.int64)
+                allowed = np.sort(chosen) if allowed is None else np.intersect1d(chosen, allowed)
+            for start in range(0, len(checked), _QUERIES_AT_ONCE):
+                hits += self._nearest(checked[start : start + _QUERIES_AT_ONCE], k, allowed)
+        return hits
+
+    def vectors_of(self, passage_ids: Collection[str]) -> dict[str, Vectors]:
+        """The stored vector `[dimension]` float32 of each of these passages that is there."""
+        for passage_id in passage_ids:
+            _storable("passage id", passage_id)
+        with self._database.transaction(writing=False):
+            ids = {row: passage_id for passage_id, (row, _) in self._database.rows_of(set(passage_ids)).items()}
+            rows, vectors = self._database.embeddings(np.array(sorted(ids), dtype=np.int64))
+        return {ids[row]: vector for row, vector in zip(rows.tolist(), vectors, strict=True)}
+
+    def _nearest(self, queries: Vectors, k: int, allowed: Rows | None) -> list[list[Hit]]:
+        """The hits of some queries, ordered by inner product."""
+        best = self._best(queries, k, allowed)
+        found = self._database.passages_at({row for rows in best for row, _ in rows})
+        return [[Hit(found[row], score) for row, score in rows if row in found] for rows in best]
+
     def _hits(self, questions: Sequence[str], queries: Vectors, k: int, allowed: Rows | None) -> list[list[Hit]]:
         """The hits of some queries, ordered by inner product, or by the score the encoder computes from the text."""
         encoder = self._encoder
         if not isinstance(encoder, RescoringEncoder):
-            best = self._best(queries, k, allowed)
-            found = self._database.passages_at({row for rows in best for row, _ in rows})
-            return [[Hit(found[row], score) for row, score in rows if row in found] for rows in best]
+            return self._nearest(queries, k, allowed)
         best = self._best(queries, k + encoder.spare_candidates, allowed)
         found = self._database.passages_at({row for rows in best for row, _ in rows})
         hits = []
@@ -471,6 +677,18 @@ class PassageIndex:
                 ) from error
             self._saved_stamp = self._stamp
 
+    def copy_to(self, path: str | Path) -> None:
+        """Make `path` a copy of this index, from which another `PassageIndex` opens; what it held is replaced.
+
+        Raises:
+            PassageIndexError: `path` is this index's own directory, is in use, or cannot be written.
+        """
+        target = Path(path)
+        if self._path is not None and target.resolve() == self._path.resolve():
+            raise PassageIndexError(f"{str(path)!r} is this index's own directory; call save(), or pass another")
+        _make_directory(target)
+        self._database.copy_to(target / _DATABASE_FILE)
+
     def close(self) -> None:
         """Save and close; closing again does nothing."""
         if self._closed:
@@ -551,10 +769,15 @@ class PassageIndex:
 _OWN_FILES = (_DATABASE_FILE, _VECTOR_FILE)
 
 
+# One vector `[dimension]` float32 for each passage id.
+_ById: TypeAlias = Mapping[str, Vectors]
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What an update does to one document's passages, with their places in it."""
 
+    document_id: str
     fresh: list[tuple[int, Passage]]
     kept: list[tuple[int, StoredPassage, Passage]]
     gone: list[StoredPassage]
@@ -564,15 +787,18 @@ class _Plan:
         return bool(self.fresh or self.gone)
 
 
-def _plan_document(update: DocumentUpdate, stored: Sequence[StoredPassage], replace: bool) -> _Plan:
-    """Compare an update with what is stored: equal title and text under an id means kept."""
-    plan = _Plan([], [], [])
+def _plan_document(
+    update: DocumentUpdate, stored: Sequence[StoredPassage], replace: bool, changed: Collection[str]
+) -> _Plan:
+    """Compare an update with what is stored: equal title and text under an id that is not `changed` means kept."""
+    plan = _Plan(update.document_id, [], [], [])
     left = {passage.id: passage for passage in stored}
     end = max((passage.ordinal + 1 for passage in stored), default=0)
     for place, passage in enumerate(update.passages):
         old = left.pop(passage.id, None)
         ordinal = place if replace else (end + place if old is None else old.ordinal)
-        if old is not None and (old.title, old.text) == (passage.title, passage.text):
+        same = old is not None and (old.title, old.text) == (passage.title, passage.text)
+        if old is not None and same and passage.id not in changed:
             plan.kept.append((ordinal, old, passage))
             continue
         plan.fresh.append((ordinal, passage))
@@ -606,6 +832,8 @@ def _check_updates(documents: Sequence[DocumentUpdate]) -> None:
         documents_seen.add(update.document_id)
         for name in ("document_id", "content_hash", "fingerprint"):
             _storable(name, getattr(update, name))
+        if update.fingerprint == SUPERSEDED:
+            raise InputError(f"{SUPERSEDED!r} is no fingerprint; pass the model's fingerprint.digest")
         for passage in update.passages:
             _check_passage(passage, update.document_id, passages_seen)
         _check_block_keys(update)
@@ -632,6 +860,14 @@ def _check_block_keys(update: DocumentUpdate) -> None:
             )
         for key in keys:
             _storable("block key", key)
+
+
+def _check_search(k: int, where: Mapping[str, object] | None) -> None:
+    if k < 1:
+        raise InputError(f"k is {k}; ask for at least 1 passage")
+    for name, value in (where or {}).items():
+        if name == "document_id" and isinstance(value, str):
+            _storable("document id", value)
 
 
 def _storable(what: str, text: str) -> None:

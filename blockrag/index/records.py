@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from blockrag.passage import Passage
 
-__all__ = ["Change", "DocumentInfo", "DocumentUpdate", "IndexStats"]
+__all__ = ["Change", "DocumentInfo", "DocumentUpdate", "IndexOrigin", "IndexStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,14 @@ class DocumentInfo:
     document_id: str
     passages: int
     content_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class IndexOrigin:
+    """What an index was built with, which never changes: the encoder's name and the length of its vectors."""
+
+    encoder: str
+    dimension: int
 
 
 @dataclass(frozen=True, slots=True)

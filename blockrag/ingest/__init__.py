@@ -3,6 +3,8 @@
     reading.py    files, folders and objects to documents
     splitting.py  documents to passages, by the language model's tokens
     pipeline.py   documents to index and block store, batch by batch; and back out again
+    prebuild.py   KV states ahead of the question, each block for itself
+    passage_store.py  passages whose vectors and documents are somebody else's: what frameworks' stores are made of
     report.py     what a pass did
     progress.py   how far it is, for people who wait
 
@@ -15,7 +17,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from blockrag.ingest.passage_store import PassageStore, PassageStoreStats
     from blockrag.ingest.pipeline import delete, delete_unused_blocks, ingest
+    from blockrag.ingest.prebuild import PrebuildReport, prebuild_blocks
     from blockrag.ingest.progress import Progress, RichProgress
     from blockrag.ingest.reading import Document, DocumentFailure, read_documents
     from blockrag.ingest.report import IngestReport
@@ -25,11 +29,15 @@ __all__ = [
     "Document",
     "DocumentFailure",
     "IngestReport",
+    "PassageStore",
+    "PassageStoreStats",
+    "PrebuildReport",
     "Progress",
     "RichProgress",
     "delete",
     "delete_unused_blocks",
     "ingest",
+    "prebuild_blocks",
     "read_documents",
     "split_document",
 ]
@@ -38,11 +46,15 @@ _HOMES = {
     "Document": "reading",
     "DocumentFailure": "reading",
     "IngestReport": "report",
+    "PassageStore": "passage_store",
+    "PassageStoreStats": "passage_store",
+    "PrebuildReport": "prebuild",
     "Progress": "progress",
     "RichProgress": "progress",
     "delete": "pipeline",
     "delete_unused_blocks": "pipeline",
     "ingest": "pipeline",
+    "prebuild_blocks": "prebuild",
     "read_documents": "reading",
     "split_document": "splitting",
 }
