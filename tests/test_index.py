@@ -28,9 +28,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockrag.encoders import CorpusCounts, LexicalEncoder
+from blockrag.encoders import CorpusCounts, GivenVectors, LexicalEncoder
 from blockrag.errors import InputError, PassageIndexError
-from blockrag.index import Change, DocumentInfo, DocumentUpdate, PassageIndex
+from blockrag.index import Change, DocumentInfo, DocumentUpdate, IndexOrigin, PassageIndex
 from blockrag.passage import Passage
 
 KINDS = ["flat", "hnsw", "ivf"]
@@ -965,7 +965,7 @@ def test_writers_in_threads_do_not_lose_each_others_documents(tmp_path):
 
 WRITER = """
 import sys
-from blockrag.encoders import CorpusCounts, LexicalEncoder
+from blockrag.encoders import CorpusCounts, GivenVectors, LexicalEncoder
 from blockrag.index import PassageIndex
 from blockrag.passage import Passage
 
@@ -1035,3 +1035,242 @@ def test_rows_are_never_used_twice(tmp_path):
         index.delete_document("d")
         index.add([make(3)])
         assert stored(tmp_path, "SELECT row FROM passage") == [(3,)]
+
+
+# -- vectors from outside ---------------------------------------------------------------------------------------------
+
+
+def outside(count, seed=0):
+    """Vectors of small whole numbers, with many ties."""
+    return np.random.default_rng(seed).integers(-2, 3, (count, DIMENSION)).astype(np.float32)
+
+
+def product(query, passages, vectors, k):
+    """Ids and scores of the greatest inner products, equal ones in order of addition."""
+    scored = [(float(vector @ query), i, p.id) for i, (p, vector) in enumerate(zip(passages, vectors, strict=True))]
+    return [(id, score) for score, _, id in sorted(scored, key=lambda s: (-s[0], s[1]))[:k]]
+
+
+@pytest.fixture
+def given_index():
+    with PassageIndex(GivenVectors("elsewhere", DIMENSION)) as index:
+        yield index
+
+
+def test_given_vectors_are_searched_as_they_are(given_index):
+    passages = [Passage(id=f"p{i}", text="one text for all") for i in range(300)]
+    vectors, queries = outside(300), outside(70, seed=1)
+    assert given_index.add(passages, vectors=vectors) == Change(added=300)
+    expected = [product(query, passages, vectors, 7) for query in queries]
+    assert [found(hits) for hits in given_index.search_vectors(queries, 7)] == expected
+    assert given_index.search_vectors(np.zeros((0, 0)), 7) == []
+    stored_vectors = given_index.vectors_of(["p3", "p200", "unknown"])
+    assert {id: vector.tolist() for id, vector in stored_vectors.items()} == {
+        "p3": vectors[3].tolist(),
+        "p200": vectors[200].tolist(),
+    }
+    assert given_index.vectors_of([]) == {}
+
+
+def test_an_index_with_an_encoder_takes_given_vectors_too(index):
+    index.add([make(1)])
+    vector = outside(1)
+    index.add([make(2)], vectors=vector)
+    assert index.vectors_of(["d-2"])["d-2"].tolist() == vector[0].tolist()
+    assert index.search_vectors(HashEncoder.vector("|text d 1")[None], 2)[0][0].passage == make(1)
+
+
+def test_given_vectors_embed_nothing_themselves():
+    encoder = GivenVectors("elsewhere", 4)
+    assert (encoder.name, encoder.dimension) == ("elsewhere", 4)
+    with PassageIndex(encoder) as index:
+        with pytest.raises(InputError, match=r"add\(passages, vectors=vectors\)"):
+            index.add([make(1)])
+        with pytest.raises(InputError, match=r"search_vectors\(vectors, k\)"):
+            index.search("question")
+    with pytest.raises(InputError, match="need a name"):
+        GivenVectors("", 4)
+    with pytest.raises(InputError, match="dimension is 0"):
+        GivenVectors("elsewhere", 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    ids=st.sets(st.integers(0, 79)),
+    third=st.sampled_from([None, 0, 1]),
+    k=st.integers(1, 30),
+    seed=st.integers(0, 3),
+)
+def test_a_search_among_some_passages_is_exact_for_every_kind(kind, ids, third, k, seed):
+    index = among_index(kind)
+    query = outside(1, seed=100 + seed)
+    hits = index.search_vectors(
+        query, k, where=None if third is None else {"third": third}, passage_ids=[*(f"d-{i}" for i in ids), "unknown"]
+    )
+    chosen = [(p, v) for i, (p, v) in enumerate(zip(many(80), outside(80), strict=True)) if i in ids]
+    chosen = [(p, v) for p, v in chosen if third is None or p.metadata["third"] == third]
+    assert found(hits[0]) == product(query[0], [p for p, _ in chosen], [v for _, v in chosen], k)
+
+
+@cache
+def among_index(kind):
+    index = PassageIndex(GivenVectors("elsewhere", DIMENSION), kind=kind)
+    index.add(many(80), vectors=outside(80))
+    return index
+
+
+def test_a_passage_is_kept_only_with_the_vector_it_had(given_index):
+    vectors = outside(3)
+    given_index.add(many(3), vectors=vectors)
+    assert given_index.add(many(3), vectors=vectors) == Change(kept=3)
+    vectors[1] += 1
+    assert given_index.add(many(3), vectors=vectors) == Change(added=1, kept=2, removed=1)
+    assert given_index.vectors_of(["d-1"])["d-1"].tolist() == vectors[1].tolist()
+    assert [p.id for p in given_index.passages("d")] == ["d-0", "d-1", "d-2"]
+
+
+def test_with_given_vectors_a_passage_may_move_to_another_document(given_index):
+    given_index.replace_document("a", [], content_hash="empty")
+    given_index.add([make(1, "a"), make(2, "a"), make(1, "b")], vectors=outside(3))
+    moved = [Passage(id=id, text="moved", document_id="c") for id in ("a-1", "b-1")]
+    assert given_index.add(moved, vectors=outside(2)) == Change(added=2, removed=2)
+    assert given_index.documents() == [DocumentInfo("a", 1, ""), DocumentInfo("c", 2, "")]
+
+
+def test_block_keys_come_with_the_passages(given_index):
+    keys = {"d-0": ["k0"], "d-1": ["shared"], "e-1": ["shared"]}
+    given_index.add([*many(2), make(1, "e")], vectors=outside(3), block_keys=keys, fingerprint="f")
+    assert given_index.block_keys("f") == {"k0", "shared"}
+    change = given_index.add(many(1), vectors=outside(1), block_keys={"d-0": ["k1"]}, fingerprint="f")
+    assert change == Change(kept=1, orphaned_block_keys=frozenset({"k0"}))
+    with pytest.raises(InputError, match="'other', which is not among"):
+        given_index.add(many(1), vectors=outside(1), block_keys={"other": ["k"]})
+    with pytest.raises(InputError, match="'superseded' is no fingerprint"):
+        given_index.add(many(1), vectors=outside(1), fingerprint="superseded")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (outside(3), "3 vectors are given for 2 passages"),
+        (np.zeros((2, 5)), r"shape \(2, 5\).*'elsewhere' holds 16"),
+        (np.ones(DIMENSION), r"shape \(16,\)"),
+        (np.array([[1.0] * 16, [np.nan] * 16]), "row 1 is not finite"),
+    ],
+)
+def test_given_vectors_that_cannot_be_are_refused(given_index, vectors, message):
+    with pytest.raises(InputError, match=message):
+        given_index.add(many(2), vectors=vectors)
+    assert len(given_index) == 0
+
+
+def test_queries_that_cannot_be_are_refused(given_index):
+    with pytest.raises(InputError, match=r"query vectors have shape \(1, 3\)"):
+        given_index.search_vectors(np.ones((1, 3)))
+    with pytest.raises(InputError, match="k is 0"):
+        given_index.search_vectors(outside(1), 0)
+    with pytest.raises(InputError, match="lone surrogate"):
+        given_index.search_vectors(outside(1), passage_ids=["\ud800"])
+    with pytest.raises(InputError, match="lone surrogate"):
+        given_index.vectors_of(["\ud800"])
+
+
+def test_deleting_passages(index):
+    index.replace_document("d", many(2), content_hash="h", block_keys={"d-0": ["a", "b"]}, fingerprint="f")
+    index.replace_document("e", [make(1, "e")], block_keys={"e-1": ["b"]}, fingerprint="f")
+    index.replace_document("empty", [])
+    assert index.delete_passages(["d-0", "unknown"]) == Change(removed=1, orphaned_block_keys=frozenset({"a"}))
+    assert index.document_hash("d") == ""
+    assert index.delete_passages(["d-1", "e-1"]) == Change(removed=2, orphaned_block_keys=frozenset({"b"}))
+    assert index.documents() == [DocumentInfo("empty", 0, "")]
+    assert index.delete_passages([]) == Change()
+    assert index.search("q") == []
+
+
+def test_clearing(tmp_path):
+    with PassageIndex(LexicalEncoder(64), tmp_path) as index:
+        index.replace_document("d", [Passage("i", "oak", document_id="d")], block_keys={"i": ["k"]}, fingerprint="f")
+        assert index.clear() == Change(removed=1, orphaned_block_keys=frozenset({"k"}))
+        assert index.clear() == Change()
+        assert (len(index), index.documents(), index.search("oak")) == (0, [], [])
+        assert stored(tmp_path, "SELECT * FROM term") == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clearing_and_deleting_are_seen_by_other_handles(kind, tmp_path):
+    with PassageIndex(HashEncoder(), tmp_path, kind=kind) as one, PassageIndex(HashEncoder(), tmp_path) as other:
+        one.add(many(200))
+        other.delete_passages([f"d-{i}" for i in range(100)])
+        assert {hit.passage.id for hit in one.search("q", 300)} <= {f"d-{i}" for i in range(100, 200)}
+        other.clear()
+        assert one.search("q", 300) == []
+
+
+def test_a_superseded_document_answers_until_it_is_replaced(tmp_path):
+    with PassageIndex(HashEncoder(), tmp_path) as index:
+        index.replace_document("d", many(3), content_hash="h", block_keys={"d-0": ["old"]}, fingerprint="f")
+        index.add([make(1, "e")])
+        assert index.mark_superseded("d")
+        assert not index.mark_superseded("unknown")
+        assert index.document_hash("d") == ""
+        assert index.document_hash("d", "f") is None
+    with PassageIndex(HashEncoder(), tmp_path) as index:
+        assert index.superseded() == {"d"}
+        assert len(index.search("q", 10)) == 4
+        # Losing a passage is not being replaced.
+        index.delete_passages(["d-2"])
+        new = [make(1), make(7)]
+        assert index.add(new) == Change(added=1, kept=1, removed=1, orphaned_block_keys=frozenset({"old"}))
+        assert list(index.passages("d")) == new
+        assert index.superseded() == set()
+        assert index.add([make(8)]) == Change(added=1)
+        assert len(list(index.passages("d"))) == 3
+
+
+def test_what_takes_a_mark_away(index):
+    for document in "abcd":
+        index.replace_document(document, [make(1, document)], content_hash="h")
+        index.mark_superseded(document)
+    index.replace_document("a", [make(1, "a")], content_hash="h")
+    index.delete_document("b")
+    assert index.superseded() == {"c", "d"}
+    assert index.drop_superseded(["a", "c"]) == Change(removed=1)
+    assert index.drop_superseded() == Change(removed=1)
+    assert index.drop_superseded() == Change()
+    assert index.documents() == [DocumentInfo("a", 1, "h")]
+
+
+def test_an_index_says_what_built_it(tmp_path):
+    assert PassageIndex.peek(tmp_path / "nowhere") is None
+    PassageIndex(HashEncoder(), tmp_path).close()
+    assert PassageIndex.peek(tmp_path) == IndexOrigin("hash-16", DIMENSION)
+    file = tmp_path / "passages.sqlite3"
+    file.write_bytes(b"")
+    assert PassageIndex.peek(tmp_path) is None
+    with closing(sqlite3.connect(file)) as connection:
+        # A write-ahead file, as another process makes it before the tables.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA user_version = 1")
+    assert PassageIndex.peek(tmp_path) is None
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE meta (name TEXT, value TEXT)")
+    with pytest.raises(PassageIndexError, match=r"is no passage index .*; pass another directory"):
+        PassageIndex.peek(tmp_path)
+
+
+def test_a_copy_is_the_same_index(tmp_path):
+    with PassageIndex(HashEncoder()) as index, PassageIndex(HashEncoder(), tmp_path / "was there") as there:
+        there.add([make(1, "old")])
+        there.close()
+        index.replace_document("d", many(30), content_hash="h", block_keys={"d-0": ["k"]}, fingerprint="f")
+        for name in ("was there", "new"):
+            index.copy_to(tmp_path / name)
+            with PassageIndex(HashEncoder(), tmp_path / name) as copy:
+                assert found(copy.search("q", 50)) == found(index.search("q", 50))
+                assert (copy.document_hash("d", "f"), copy.block_keys()) == ("h", {"k"})
+                with pytest.raises(PassageIndexError, match="own directory; call save"):
+                    copy.copy_to(tmp_path / name)
+        (tmp_path / "blocked" / "passages.sqlite3").mkdir(parents=True)
+        with pytest.raises(PassageIndexError, match="cannot be copied to"):
+            index.copy_to(tmp_path / "blocked")
