@@ -225,10 +225,15 @@ def test_the_old_version_answers_until_the_new_one_is_there():
 def test_a_replacement_that_fails_leaves_the_old_version():
     with PassageStore() as store:
         add(store, text("d1"), text("e1", "e"))
-        with pytest.raises(InputError, match="'d3' occurs twice"), store.replacing():
-            store.delete_document("d")
-            store.delete_document("e")
-            add(store, text("d3"), text("d3"))
+
+        def fail_halfway():
+            with store.replacing():
+                store.delete_document("d")
+                store.delete_document("e")
+                add(store, text("d3"), text("d3"))
+
+        with pytest.raises(InputError, match="'d3' occurs twice"):
+            fail_halfway()
         assert ids(store) == {"d1", "e1"}
         # One that is about something else takes nothing away; one that sweeps takes what came to nothing.
         with store.replacing():
@@ -372,7 +377,8 @@ def test_a_passage_that_has_no_block_is_kept(model, caplog):
             if passage.id == "bad":
                 raise InputError("this passage cannot be shown")
         blocks = model.template.passage_blocks(model.tokenizer, passages)
-        return [block if p.id != "none" else replace(block, token_ids=()) for p, block in zip(passages, blocks, strict=False)]
+        shown_as = zip(passages, blocks, strict=True)
+        return [block if p.id != "none" else replace(block, token_ids=()) for p, block in shown_as]
 
     with PassageStore(model=model, blocks_of=shown, prebuild=True) as store, caplog.at_level(logging.WARNING):
         add(store, text("a"), text("bad"), text("none"))
