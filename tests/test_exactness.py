@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CASES, LONG_CASES, LONGROPE, REFUSED_CASES, VOCAB, WINDOW, ModelCase, tiny_model
 from tiny_tokenizers import plain_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockrag.errors import PromptTooLongError, UnsupportedModelError
 from blockrag.model.block_model import BlockModel
@@ -266,6 +267,28 @@ def test_dynamic_ntk_is_refused_beyond_its_limit(make_model: Make) -> None:
     assert_exact(model, prompt_of((20, 20), 6))
     with pytest.raises(PromptTooLongError, match="the model can place 64"):
         composed_logits(model, prompt_of((40, 20), 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_deep_model_in_half_precision_is_accepted(dtype: torch.dtype) -> None:
+    """Each layer adds its rounding to the keys of those behind it, which is no reason to refuse the model."""
+    from conftest import FINE_TUNED
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=80,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    model = BlockModel(LlamaForCausalLM(config).to(dtype), plain_tokenizer(), facts=FINE_TUNED)
+    assert model.profile is not None
+    # Half precision is coarse, and still ten times finer than any wrong rotation.
+    assert model.profile.shift_error < 0.1
+    assert {regime.ropes[-1].keys.kind for regime in model.profile.regimes} == {"half"}
 
 
 @pytest.mark.parametrize("case", REFUSED_CASES, ids=lambda case: case.id)

@@ -38,8 +38,11 @@ __all__ = ["ModelProfile", "Regime", "probe_regimes", "structure_of"]
 
 _PROBE_TOKENS = 9
 _PROBE_SHIFT = 37
-# Relative error of a shifted key: 5e-7 was measured in float32 and 5e-3 in bfloat16 over 85 families.
-_SHIFT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+# Relative error of a shifted key: 5e-7 was measured in float32 over 85 families. In bfloat16 it is 5e-3 in the first
+# layer and grows with every one after it, since each adds its own rounding: 2.1e-2 after 32 layers, 3.5e-2 after 80. A
+# wrong rotation measures 1 and more.
+_SHIFT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2}
+_SHIFT_TOLERANCE_HALF = 1e-1
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,7 @@ def probe_regimes(model: PreTrainedModel, structure: LayerStructure) -> ModelPro
             found = []
             for kind in (0, 1):
                 spec, misfit = _fit(before[position][kind], after[position][kind], candidates, offset)
-                if misfit > _SHIFT_TOLERANCE.get(model.dtype, 2e-2):
+                if misfit > _SHIFT_TOLERANCE.get(model.dtype, _SHIFT_TOLERANCE_HALF):
                     raise _refusal(
                         model,
                         f"layer {index} {('keys', 'values')[kind]} depend on position in a way that no rotation "
@@ -224,7 +227,7 @@ def _captures_early(
     early = _captured(model, structure, offset, early=True)
     pairs = [(a, b) for one, other in zip(early, whole, strict=True) for a, b in zip(one, other, strict=True)]
     # Some kernels add in another order every time they run; what a model hands over twice differs by its own size.
-    tolerance = _SHIFT_TOLERANCE.get(model.dtype, 2e-2)
+    tolerance = _SHIFT_TOLERANCE.get(model.dtype, _SHIFT_TOLERANCE_HALF)
     return all(
         a.shape == b.shape and float((a - b).abs().max()) <= tolerance * float(b.abs().max().clamp_min(1e-9))
         for a, b in pairs
