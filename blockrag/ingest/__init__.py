@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from blockrag.ingest.passage_store import PassageStore, PassageStoreStats
     from blockrag.ingest.pipeline import delete, delete_unused_blocks, ingest
-    from blockrag.ingest.prebuild import PrebuildReport, prebuild_blocks
+    from blockrag.ingest.prebuild import PrebuildReport, encode_blocks, prebuild_blocks
     from blockrag.ingest.progress import Progress, RichProgress
     from blockrag.ingest.reading import Document, DocumentFailure, read_documents
     from blockrag.ingest.report import IngestReport
@@ -36,6 +36,7 @@ __all__ = [
     "RichProgress",
     "delete",
     "delete_unused_blocks",
+    "encode_blocks",
     "ingest",
     "prebuild_blocks",
     "read_documents",
@@ -53,6 +54,7 @@ _HOMES = {
     "RichProgress": "progress",
     "delete": "pipeline",
     "delete_unused_blocks": "pipeline",
+    "encode_blocks": "prebuild",
     "ingest": "pipeline",
     "prebuild_blocks": "prebuild",
     "read_documents": "reading",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -25,7 +26,7 @@ from numpy.typing import ArrayLike
 from blockrag.encoders.given import GivenVectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index import Change, DocumentInfo, PassageIndex
-from blockrag.ingest.prebuild import prebuild_blocks
+from blockrag.ingest.prebuild import encode_blocks, prebuild_blocks
 from blockrag.passage import Hit, Passage
 
 if TYPE_CHECKING:
@@ -344,22 +345,12 @@ class PassageStore:
     def _blocks(self, passages: Sequence[Passage]) -> dict[str, Block]:
         """The block of each passage that has one, by passage id."""
         model = self._model
-        if model is None or model.profile is None:
+        if model is None or model.profile is None or not passages:
             return {}
-        try:
-            blocks = self._as_blocks(model, passages)
-        except InputError as error:
-            if len(passages) > 1:
-                return {id: block for passage in passages for id, block in self._blocks([passage]).items()}
-            self._count_failures({passages[0].id: error}, of=1)
-            return {}
-        pairs = zip(passages, blocks, strict=True)
-        return {passage.id: block for passage, block in pairs if block.token_ids}
-
-    def _as_blocks(self, model: BlockModel, passages: Sequence[Passage]) -> list[Block]:
-        if self._blocks_of is not None:
-            return self._blocks_of(passages)
-        return model.template.passage_blocks(model.tokenizer, passages)
+        default = partial(model.template.passage_blocks, model.tokenizer)
+        blocks, failures = encode_blocks(passages, self._blocks_of or default)
+        self._count_failures({passages[place].id: error for place, error in failures.items()}, of=len(passages))
+        return {passages[place].id: block for place, block in blocks.items()}
 
     def _keys(self, blocks: Mapping[str, Block]) -> dict[str, list[str]]:
         if self._model is None:

@@ -7,17 +7,19 @@ KV states still answers, its block is only computed by the first question. A pas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from blockrag.errors import BlockRAGError
+from blockrag.errors import BlockRAGError, InputError
 
 if TYPE_CHECKING:
     from blockrag.model.block_model import BlockModel
     from blockrag.prompt import Block
 
-__all__ = ["PrebuildReport", "prebuild_blocks"]
+__all__ = ["PrebuildReport", "encode_blocks", "prebuild_blocks"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +69,31 @@ def prebuild_blocks(model: BlockModel, blocks: Sequence[Block]) -> PrebuildRepor
             new += report.blocks_new
             reused += report.blocks_reused
     return PrebuildReport(new, reused, failures)
+
+
+def encode_blocks(
+    items: Sequence[T], blocks_of: Callable[[Sequence[T]], list[Block]]
+) -> tuple[dict[int, Block], dict[int, Exception]]:
+    """The blocks of passages, tokenized in one batch if all of them can be.
+
+    Args:
+        items: What holds the passages.
+        blocks_of: The block of each item, one each and in order.
+
+    Returns:
+        Blocks, and errors of items that cannot be tokenized, by place among the items. An item whose block is empty
+        is in neither.
+    """
+    try:
+        blocks = blocks_of(items)
+    except InputError as error:
+        if len(items) == 1:
+            return {}, {0: error}
+        found: dict[int, Block] = {}
+        failures: dict[int, Exception] = {}
+        for place in range(len(items)):
+            alone, failed = encode_blocks(items[place : place + 1], blocks_of)
+            found.update((place, block) for block in alone.values())
+            failures.update((place, failure) for failure in failed.values())
+        return found, failures
+    return {place: block for place, block in enumerate(blocks) if block.token_ids}, {}
