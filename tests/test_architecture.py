@@ -22,6 +22,7 @@ LAYERS = [
     {"model", "compose", "stores", "encoders", "demo"},
     {"index", "ingest"},
     {"rag", "finetune", "evaluation"},
+    {"server"},
     {"cli", "__main__"},
 ]
 # The one place each heavy library may be imported.
@@ -31,6 +32,11 @@ DOORS = {
     "sentence_transformers": {"encoders"},
     "llama_index": {"ingest"},
     "typer": {"cli"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "pydantic": {"server"},
+    "prometheus_client": {"server"},
 }
 
 

@@ -8,6 +8,7 @@ r"""The `blockrag` command: every part of the library that is worth a command li
     asking.py     query, chat
     verifying.py  verify
     batch.py, generating.py   generate
+    serving.py    serve
     benching.py   bench
     demo.py       demo
 
@@ -28,6 +29,7 @@ from blockrag.cli.demo import demo
 from blockrag.cli.generating import generate
 from blockrag.cli.indexing import delete, ingest, stats
 from blockrag.cli.output import EXIT_CODES
+from blockrag.cli.serving import serve
 from blockrag.cli.verifying import verify
 
 __all__ = ["app", "main"]
@@ -42,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (demo, ingest, query, chat, stats, delete, verify, generate):
+for _command in (demo, ingest, query, chat, stats, delete, verify, generate, serve):
     app.command(epilog=EXIT_CODES, no_args_is_help=False)(_command)
 app.add_typer(bench, name="bench")
 

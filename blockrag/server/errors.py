@@ -1,0 +1,126 @@
+"""Every error as HTTP status and OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`.
+
+    400 invalid_json, invalid_value, unsupported_parameter, context_length_exceeded    404 model_not_found, not_found
+    401 invalid_api_key    403 foreign_origin    408 request_timeout    413 request_too_large
+    500 internal_error    503 queue_full, shutting_down, store_unavailable    504 timeout
+
+Source: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import Response
+
+from blockrag.errors import BlockRAGError, PassageIndexError, PromptTooLongError, StoreError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+__all__ = ["ApiError", "api_error", "error_response", "install"]
+
+
+class ApiError(HTTPException):
+    """An error that a client sees.
+
+    Args:
+        status: HTTP status.
+        message: One sentence with the offending value and the next step.
+        code: What programs go by.
+        param: The request field it is about.
+        headers: Further headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers=dict(headers or {}))
+        self.body: dict[str, object] = {
+            "error": {
+                "message": message,
+                "type": "server_error" if status >= 500 else "invalid_request_error",
+                "param": param,
+                "code": code,
+            }
+        }
+
+
+def api_error(error: BlockRAGError) -> ApiError:
+    """What a client sees of one of blockrag's errors."""
+    if isinstance(error, PromptTooLongError):
+        return ApiError(400, str(error), code="context_length_exceeded", param="messages")
+    if isinstance(error, (StoreError, PassageIndexError)):
+        return ApiError(503, str(error), code="store_unavailable")
+    return ApiError(400, str(error), code="invalid_value")
+
+
+def error_response(error: ApiError) -> Response:
+    """The response; JSON in ASCII, since messages quote what clients sent, which may not be encodable."""
+    return Response(json.dumps(error.body), error.status_code, error.headers, media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of an application in this form."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(StarletteHTTPException, _refused)
+    app.add_exception_handler(BlockRAGError, _blockrag)
+    app.add_exception_handler(Exception, _defect)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    # Of the ways in which a value matches no alternative, the one that looked deepest says most.
+    problem = max(error.errors(), key=lambda found: len(found["loc"]))
+    return error_response(_of_problem(problem))
+
+
+def _of_problem(problem: Mapping[str, Any]) -> ApiError:
+    if problem["type"] == "json_invalid":
+        message = f"the body is no JSON ({problem['ctx']['error']} at character {problem['loc'][-1]}); send one object"
+        return ApiError(400, message, code="invalid_json")
+    place = _place(problem["loc"])
+    if not place:
+        return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
+    missing = problem["type"] == "missing"
+    given = "" if missing else f", got {problem['input']!r:.60}"
+    return ApiError(400, f"{place}: {problem['msg']}{given}", code="invalid_value", param=place)
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """A field as clients write it: `messages[0].content`, without the "body" (or "query") it is in."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc[1:])
+    return text.removeprefix(".")
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, ApiError):
+        return error_response(error)
+    if not isinstance(error, StarletteHTTPException):
+        raise error
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = "not_found" if error.status_code == 404 else "invalid_request"
+    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+
+async def _blockrag(request: Request, error: Exception) -> Response:
+    if not isinstance(error, BlockRAGError):
+        raise error
+    return error_response(api_error(error))
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    # The server prints the traceback; clients need not see what is inside.
+    return error_response(ApiError(500, "an internal error; the server's log has its traceback", code="internal_error"))
