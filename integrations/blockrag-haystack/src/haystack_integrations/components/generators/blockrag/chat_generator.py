@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from blockrag.model.block_model import Attention, BlockModel
     from blockrag.model.sampling import GenerationOptions
     from blockrag.model.stream import ResultStream
+    from blockrag.prompt import SegmentedPrompt
     from blockrag.prompt.message import Message
 
 __all__ = ["BlockRAGChatGenerator"]
@@ -289,28 +290,26 @@ class BlockRAGChatGenerator:
 
 def _answer(model: BlockModel, request: _Request) -> Generator[Chunk, None, Generation]:
     """Tokenizing is part of it, so that it runs on the worker as well."""
-    from blockrag.prompt.chat import segment_chat, segment_rag
-
-    if request.form == "rag":
-        if request.tools:
-            raise ValueError(
-                f'prompt_form="rag" cannot show the {len(request.tools)} tools; use prompt_form="chat" or "auto"'
-            )
-        prompt = segment_rag(model.template, model.tokenizer, request.messages)
-    else:
-        prompt = segment_chat(
-            model.template,
-            model.tokenizer,
-            request.messages,
-            tools=request.tools,
-            whole=model.attention == "full",
-        )
-    stream = model.stream(prompt, request.options)
+    stream = model.stream(_segmented(model, request), request.options)
     try:
         yield from stream
     finally:
         stream.close()
     return stream.result
+
+
+def _segmented(model: BlockModel, request: _Request) -> SegmentedPrompt:
+    from blockrag.prompt.chat import segment_chat, segment_rag
+
+    template, tokenizer = model.template, model.tokenizer
+    if request.form == "chat":
+        whole = model.attention == "full"
+        return segment_chat(template, tokenizer, request.messages, tools=request.tools, whole=whole)
+    if request.tools:
+        raise ValueError(
+            f'prompt_form="rag" cannot show the {len(request.tools)} tools; use prompt_form="chat" or "auto"'
+        )
+    return segment_rag(template, tokenizer, request.messages)
 
 
 class _Outgoing:
