@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,12 +89,20 @@ class BlockRAGVectorStore(VectorStore):
 
     # -- adding and deleting ------------------------------------------------------------------------------------------
 
-    def add_documents(self, documents: list[Document], *, ids: list[str] | None = None, **kwargs: Any) -> list[str]:
+    def add_documents(
+        self,
+        documents: list[Document],
+        *,
+        ids: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
         """Embed and add documents, all or none; one whose id is there already is replaced.
 
         Args:
             documents: The documents. `metadata` must be JSON-serialisable; `metadata["title"]` is shown to the model.
             ids: Their ids, before those they have; a new one is made for each that has none.
+            batch_size: Documents to embed and add at once; all or none then holds for each batch.
             **kwargs: None are known.
 
         Returns:
@@ -104,17 +112,28 @@ class BlockRAGVectorStore(VectorStore):
             ValueError: An id comes twice, there are more or fewer ids than documents, or metadata cannot be stored.
         """
         with langchain_errors():
-            passages = _passages(documents, ids, kwargs)
-            return self._add(passages, self._embedding.embed_documents([passage.text for passage in passages]))
+            _refuse(kwargs)
+            passages = _passages(documents, ids)
+            for batch in _batches(passages, batch_size):
+                self._add(batch, self._embedding.embed_documents([one.text for one in batch]))
+            return [passage.id for passage in passages]
 
     async def aadd_documents(
-        self, documents: list[Document], *, ids: list[str] | None = None, **kwargs: Any
+        self,
+        documents: list[Document],
+        *,
+        ids: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
     ) -> list[str]:
         """`add_documents`, beside the event loop."""
         with langchain_errors():
-            passages = _passages(documents, ids, kwargs)
-            vectors = await self._embedding.aembed_documents([passage.text for passage in passages])
-            return await asyncio.to_thread(self._add, passages, vectors)
+            _refuse(kwargs)
+            passages = _passages(documents, ids)
+            for batch in _batches(passages, batch_size):
+                vectors = await self._embedding.aembed_documents([one.text for one in batch])
+                await asyncio.to_thread(self._add, batch, vectors)
+            return [passage.id for passage in passages]
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
         """Delete documents, and the KV states nobody else uses; unknown ids are ignored.
@@ -383,10 +402,8 @@ class BlockRAGVectorStore(VectorStore):
             return None
         return lambda passages: excerpt_blocks(model.tokenizer, [shown(passage) for passage in passages])
 
-    def _add(self, passages: Sequence[Passage], vectors: list[list[float]]) -> list[str]:
-        if passages:
-            self._store.add(passages, self._scaled(vectors))
-        return [passage.id for passage in passages]
+    def _add(self, passages: Sequence[Passage], vectors: list[list[float]]) -> None:
+        self._store.add(passages, self._scaled(vectors))
 
     def _hits(self, embedding: Sequence[float], k: int, filter: Filter | None, kwargs: Mapping[str, Any]) -> list[Hit]:
         _refuse(kwargs)
@@ -405,15 +422,24 @@ class BlockRAGVectorStore(VectorStore):
         return matrix / np.where(lengths == 0, 1, lengths)
 
 
-def _passages(documents: Sequence[Document], ids: Sequence[str] | None, kwargs: Mapping[str, Any]) -> list[Passage]:
-    _refuse(kwargs)
-    if ids is not None and len(ids) != len(documents):
-        raise InputError(f"got {len(ids)} ids for {len(documents)} documents; pass one id for each")
-    given = list(ids) if ids is not None else [None] * len(documents)
+def _passages(documents: Sequence[Document], ids: Sequence[str | None] | None) -> list[Passage]:
+    given = [None] * len(documents) if ids is None else ids
+    if len(given) != len(documents):
+        raise InputError(f"got {len(given)} ids for {len(documents)} documents; pass one id for each")
+    for document in documents:
+        if not isinstance(document, Document):
+            raise InputError(f"add_documents takes Document objects, got {document!r:.60}; pass strings to add_texts")
     return [
         passage_of(document if id is None else document.model_copy(update={"id": id}), id=str(uuid.uuid4()))
         for document, id in zip(documents, given, strict=True)
     ]
+
+
+def _batches(passages: Sequence[Passage], size: int | None) -> Iterator[Sequence[Passage]]:
+    if size is not None and size < 1:
+        raise InputError(f"batch_size={size} is less than 1; leave it out to add all at once")
+    step = size or max(1, len(passages))
+    return (passages[start : start + step] for start in range(0, len(passages), step))
 
 
 def _checked(where: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
