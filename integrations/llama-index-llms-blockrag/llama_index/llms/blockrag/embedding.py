@@ -12,7 +12,8 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding, SimilarityMode, similarity
-from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.llms.blockrag.plain_fields import PlainFields
 
 from blockrag.passage import Passage
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ContrieverEmbedding", "LexicalEmbedding"]
 
 
-class _EncoderEmbedding(BaseEmbedding):
+class _EncoderEmbedding(PlainFields, BaseEmbedding):
     """An embedding model over a blockrag encoder, which is opened when it is first needed."""
 
     _encoder: Encoder | None = PrivateAttr(default=None)
@@ -69,15 +70,6 @@ class _EncoderEmbedding(BaseEmbedding):
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return await asyncio.to_thread(self._get_text_embeddings, texts)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The copy opens the encoder itself.
-        return {**BaseModel.__getstate__(self), "__pydantic_private__": None}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> _EncoderEmbedding:
-        copy = type(self).__new__(type(self))
-        copy.__setstate__(self.__getstate__())
-        return copy
 
 
 class ContrieverEmbedding(_EncoderEmbedding):

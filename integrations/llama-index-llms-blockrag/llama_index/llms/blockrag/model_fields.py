@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field
-from llama_index.core.schema import BaseComponent
 from llama_index.llms.blockrag.nodes import PromptForm
+from llama_index.llms.blockrag.plain_fields import PlainFields
 
 from blockrag.errors import InputError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelFields"]
 
 
-class ModelFields(BaseComponent):
+class ModelFields(PlainFields):
     """Plain configuration of a shared language model."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")

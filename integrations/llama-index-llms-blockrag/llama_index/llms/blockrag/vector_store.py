@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import (
@@ -341,14 +341,7 @@ class BlockRAGVectorStore(ModelFields, BasePydanticVectorStore):
                 f"a vector store in memory cannot be pickled with its {len(passages)} nodes; pass persist_path, or "
                 "persist it"
             )
-        state = BaseModel.__getstate__(self)
-        # The copy opens the directory itself.
-        return {**state, "__pydantic_private__": None}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> BlockRAGVectorStore:
-        copy = type(self).__new__(type(self))
-        copy.__setstate__(self.__getstate__())
-        return copy
+        return super().__getstate__()
 
 
 def _directory(persist_path: str, fs: fsspec.AbstractFileSystem | None) -> Path:
