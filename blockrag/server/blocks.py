@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -31,7 +32,6 @@ router = APIRouter()
 async def prebuild(request: Request, body: BlocksRequest) -> Response:
     """Compute and store the blocks of documents, and of the prefix that stands before them in every prompt."""
     serving = serving_of(request)
-    blocks = await asyncio.to_thread(_blocks, serving, body)
     made: dict[str, dict[str, object]] = {}
 
     def note(block: Block, was_stored: bool, nbytes: int) -> None:
@@ -47,7 +47,8 @@ async def prebuild(request: Request, body: BlocksRequest) -> Response:
         }
 
     try:
-        report = await while_connected(request.receive, serving.materialize(blocks, note))
+        work = serving.materialize(partial(_blocks, serving, body), note)
+        report = await while_connected(request.receive, work)
     except ClientGoneError:
         return Response(status_code=GONE)
     return JSONResponse(

@@ -19,7 +19,6 @@ from fastapi.responses import JSONResponse
 
 from blockrag.errors import BlockRAGError
 from blockrag.model.answer import Generation
-from blockrag.model.sampling import GenerationOptions
 from blockrag.prompt import parse_tool_calls
 from blockrag.server.connection import GONE, ClientGoneError, EventStream, event, while_connected
 from blockrag.server.errors import ApiError, api_error
@@ -48,9 +47,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     if body.blockrag.retrieve is not None and serving.index is None:
         message = "this server has no index to search; start it with --path, or send documents"
         raise ApiError(400, message, code="unsupported_parameter", param="blockrag.retrieve")
-    options = GenerationOptions(max_new_tokens=serving.settings.max_new_tokens).updated(
-        {**body.sampling(), "max_new_tokens": body.max_completion_tokens or body.max_tokens}
-    )
+    options = body.options(serving.settings.max_new_tokens)
     completion = Completion(serving.settings.model_name, tools=bool(body.tools), strip=is_rag(body))
     work = (partial(_prompt, serving, body, completion), options, body.blockrag.attention)
     try:

@@ -75,7 +75,7 @@ class EventStream(StreamingResponse):
         self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the events; a response left incomplete makes the server close the connection."""
         async with aclosing(self._events):
-            with suppress(ClientGoneError):
+            with suppress(ClientGoneError, asyncio.TimeoutError):
                 await asyncio.wait_for(while_connected(receive, self.stream_response(send)), self._limit_s)

@@ -10,8 +10,9 @@ Source: https://platform.openai.com/docs/guides/error-codes
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
@@ -72,7 +73,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of an application in this form."""
+    """Answer every error of an application in this form; each handler gets the type it is installed for."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _refused)
     app.add_exception_handler(BlockRAGError, _blockrag)
@@ -80,10 +81,8 @@ def install(app: FastAPI) -> None:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    if not isinstance(error, RequestValidationError):
-        raise error
     # Of the ways in which a value matches no alternative, the one that looked deepest says most.
-    problem = max(error.errors(), key=lambda found: len(found["loc"]))
+    problem = max(cast("RequestValidationError", error).errors(), key=lambda found: len(found["loc"]))
     return error_response(_of_problem(problem))
 
 
@@ -95,7 +94,7 @@ def _of_problem(problem: Mapping[str, Any]) -> ApiError:
     if not place:
         return ApiError(400, "the body must be a JSON object, sent as application/json", code="invalid_json")
     missing = problem["type"] == "missing"
-    given = "" if missing else f", got {problem['input']!r:.60}"
+    given = "" if missing else f", got {reprlib.repr(problem['input'])}"
     return ApiError(400, f"{place}: {problem['msg']}{given}", code="invalid_value", param=place)
 
 
@@ -108,17 +107,14 @@ def _place(loc: Sequence[str | int]) -> str:
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return error_response(error)
-    if not isinstance(error, StarletteHTTPException):
-        raise error
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    code = "not_found" if error.status_code == 404 else "invalid_request"
-    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+    found = cast("StarletteHTTPException", error)
+    message = f"{request.method} {request.url.path}: {found.detail}"
+    code = "not_found" if found.status_code == 404 else "invalid_request"
+    return error_response(ApiError(found.status_code, message, code=code, headers=found.headers))
 
 
 async def _blockrag(request: Request, error: Exception) -> Response:
-    if not isinstance(error, BlockRAGError):
-        raise error
-    return error_response(api_error(error))
+    return error_response(api_error(cast("BlockRAGError", error)))
 
 
 async def _defect(request: Request, error: Exception) -> Response:

@@ -7,10 +7,12 @@ Source: https://platform.openai.com/docs/api-reference/chat/create
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from blockrag.model.sampling import GenerationOptions
 from blockrag.server.errors import ApiError
 
 __all__ = [
@@ -67,7 +69,7 @@ def refuse_unsupported(extra: dict[str, Any] | None) -> None:
         if value is None or name in _IGNORED or value in _NEUTRAL.get(name, ()):
             continue
         known = name in _NEUTRAL
-        message = f"{name}={value!r:.60} is not supported" if known else f"there is no field {name!r}"
+        message = f"{name}={reprlib.repr(value)} is not supported" if known else f"there is no field {name!r}"
         code = "unsupported_parameter" if known else "unknown_parameter"
         raise ApiError(400, f"{message}; leave it out", code=code, param=name)
 
@@ -187,9 +189,22 @@ class _Sampled(BaseModel):
     stop: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     ignore_eos: bool | None = None
 
-    def sampling(self) -> dict[str, object]:
-        """Options by the names that `GenerationOptions.updated` takes."""
-        return {name: getattr(self, name) for name in _Sampled.model_fields}
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of the answer."""
+        raise AssertionError("every request says it under a name of its own")
+
+    def options(self, most_tokens: int) -> GenerationOptions:
+        """The library's options.
+
+        Args:
+            most_tokens: Where the request does not say.
+
+        Raises:
+            InputError: A value is out of range.
+        """
+        given = {name: getattr(self, name) for name in _Sampled.model_fields}
+        return GenerationOptions(max_new_tokens=most_tokens).updated({**given, "max_new_tokens": self.most_tokens})
 
 
 class ChatRequest(_Sampled):
@@ -208,6 +223,11 @@ class ChatRequest(_Sampled):
     tools: Annotated[list[dict[str, Any]], BeforeValidator(_as_list)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto"] | None = None
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of the answer, under its newer name if both are given."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
 
 class SeedRequest(_Sampled):
     """`POST /generate`, the call of the method's own server: blocks as strings, the last one global.
@@ -221,6 +241,11 @@ class SeedRequest(_Sampled):
     num_local_attention_blocks: int = Field(default=10_000, ge=0)
     max_new_tokens: int | None = None
     allow_special: bool = False
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of the answer."""
+        return self.max_new_tokens
 
 
 class BlocksRequest(_Strict):

@@ -11,7 +11,6 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from blockrag.model.sampling import GenerationOptions
 from blockrag.server.connection import GONE, ClientGoneError, while_connected
 from blockrag.server.prompts import seed_prompt
 from blockrag.server.schemas import SeedRequest
@@ -26,9 +25,7 @@ router = APIRouter()
 async def generate(request: Request, body: SeedRequest) -> Response:
     """Answer blocks given as strings."""
     serving = serving_of(request)
-    options = GenerationOptions(max_new_tokens=serving.settings.max_new_tokens).updated(
-        {**body.sampling(), "max_new_tokens": body.max_new_tokens}
-    )
+    options = body.options(serving.settings.max_new_tokens)
     work = serving.complete(partial(seed_prompt, serving.model, body), options, None)
     try:
         generation = await while_connected(request.receive, work)

@@ -115,27 +115,31 @@ class Serving:
                     return piece
         raise AssertionError("an answer ends with its generation")
 
-    async def materialize(self, blocks: list[Block], on_block: Callable[[Block, bool, int], None]) -> MaterializeReport:
+    async def materialize(
+        self, prepare: Callable[[], list[Block]], on_block: Callable[[Block, bool, int], None]
+    ) -> MaterializeReport:
         """Compute the blocks that the store lacks, some at a time.
 
         Args:
-            blocks: Non-empty blocks.
+            prepare: Makes the blocks, none of them empty; see `answer`.
             on_block: See `BlockModel.materialize`.
 
         Raises:
             ApiError: 503 or 504: there was no time for it; what was computed stays.
             BlockRAGError: The store cannot take a block, or the model no block of that length.
         """
-
-        def batches() -> Generator[int, None, MaterializeReport]:
-            reports = []
-            for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
-                reports.append(self.model.materialize(blocks[start : start + _BLOCKS_AT_ONCE], on_block=on_block))
-                yield start
-            return MaterializeReport.total(reports)
-
-        work = ResultStream(batches())
         async with self._turn(time.monotonic()) as deadline:
+            blocks = await self._within(deadline, asyncio.to_thread(prepare))
+
+            def batches() -> Generator[int, None, MaterializeReport]:
+                reports = []
+                for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
+                    batch = blocks[start : start + _BLOCKS_AT_ONCE]
+                    reports.append(self.model.materialize(batch, on_block=on_block))
+                    yield start
+                return MaterializeReport.total(reports)
+
+            work = ResultStream(batches())
             async for _ in self._steps(work, deadline):
                 pass
         return work.result
