@@ -16,9 +16,9 @@ from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
-from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.span import BaseSpan
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
+from llama_index_instrumentation import get_dispatcher
 
 from blockrag.errors import BlockRAGError
 
