@@ -170,7 +170,6 @@ def segmented(subject: Subject, name: str, messages: list[Message]) -> Segmented
 
 def bare_ways(subject: Subject, passages: list[Passage]) -> dict[str, Callable[[], int | None]]:
     """The bare API: from messages to the answer."""
-
     model = subject.model
 
     def ask(name: str) -> Callable[[], int | None]:
@@ -370,9 +369,9 @@ def markdown(result: dict[str, Any]) -> str:
             [
                 "# What a framework adds to the first token",
                 f"One-token answers over {result['settings']['passages']} passages from warm blocks in memory, whole "
-                f"requests; medians of {result['settings']['repeats']}, in brackets least and most of the ratios within a "
-                f"turn. The bare API, from messages to the answer: {bare}. Prompts: {prompts}. What runs on the model's worker "
-                "thread is compared with the bare API's asynchronous calls, which do the same.",
+                f"requests; medians of {result['settings']['repeats']}, in brackets least and most of the ratios "
+                f"within a turn. The bare API, from messages to the answer: {bare}. Prompts: {prompts}. What runs on "
+                "the model's worker thread is compared with the bare API's asynchronous calls, which do the same.",
                 *([f"**Warning: {warning}**"] if warning else []),
                 table(header, rows),
                 "## How it was measured",
