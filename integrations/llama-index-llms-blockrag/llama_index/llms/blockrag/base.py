@@ -15,12 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from llama_index.core.base.llms.generic_utils import (
-    achat_to_completion_decorator,
-    astream_chat_to_completion_decorator,
-    chat_to_completion_decorator,
-    stream_chat_to_completion_decorator,
-)
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -45,6 +39,7 @@ from llama_index.llms.blockrag import tracking
 from llama_index.llms.blockrag.events import BlockCacheEvent
 from llama_index.llms.blockrag.messages import Prepared, prepare
 from llama_index.llms.blockrag.nodes import PromptForm
+from llama_index.llms.blockrag.streams import acompletions, aobserved, completion_of, completions, observed
 from llama_index.llms.blockrag.tool_calls import arguments_of, shown_of, split_calls
 from llama_index_instrumentation import get_dispatcher
 
@@ -223,27 +218,26 @@ class BlockRAGLLM(FunctionCallingLLM):
                 ignore_eos; and `tools`, JSON schemas in the form of the OpenAI API.
 
         Returns:
-            The answer; usage in `raw["usage"]` and `additional_kwargs`, the block cache's part in `raw["block_cache"]`.
+            The answer, without white space at its ends; usage in `raw["usage"]` and `additional_kwargs`, the block
+            cache's part in `raw["block_cache"]`.
         """
         return self._chat(messages, **kwargs)
 
-    @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat` piece by piece: what was said so far, and what is new. The last piece carries usage and calls.
 
         Closing the generator ends the answer and frees its cache.
         """
-        return self._stream_chat(messages, **kwargs)
+        return observed(llm_chat_callback(), self._stream_chat, self, messages, kwargs)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat` on the model's worker thread."""
         return await self._achat(messages, **kwargs)
 
-    @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat` on the model's worker thread."""
-        return await self._astream_chat(messages, **kwargs)
+        return await aobserved(llm_chat_callback(), self._astream_chat, self, messages, kwargs)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -254,22 +248,23 @@ class BlockRAGLLM(FunctionCallingLLM):
             formatted: Makes no difference.
             **kwargs: See `chat`.
         """
-        return chat_to_completion_decorator(self._chat)(prompt, **kwargs)
+        return completion_of(self._chat(_asked(prompt), **kwargs))
 
-    @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete` piece by piece."""
-        return stream_chat_to_completion_decorator(self._stream_chat)(prompt, **kwargs)
+        return observed(
+            llm_completion_callback(), self._stream_complete, self, prompt, {"formatted": formatted, **kwargs}
+        )
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete` on the model's worker thread."""
-        return await achat_to_completion_decorator(self._achat)(prompt, **kwargs)
+        return completion_of(await self._achat(_asked(prompt), **kwargs))
 
-    @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` on the model's worker thread."""
-        return await astream_chat_to_completion_decorator(self._astream_chat)(prompt, **kwargs)
+        arguments = {"formatted": formatted, **kwargs}
+        return await aobserved(llm_completion_callback(), self._astream_complete, self, prompt, arguments)
 
     # -- Tools -----------------------------------------------------------------------------------------------------
 
@@ -330,6 +325,12 @@ class BlockRAGLLM(FunctionCallingLLM):
         model = await asyncio.to_thread(lambda: self.block_model)
         return self._aresponses(model, self._answer(model, messages, kwargs), active_span_id.get())
 
+    def _stream_complete(self, prompt: str, formatted: bool, **kwargs: Any) -> CompletionResponseGen:
+        return completions(self._stream_chat(_asked(prompt), **kwargs))
+
+    async def _astream_complete(self, prompt: str, formatted: bool, **kwargs: Any) -> CompletionResponseAsyncGen:
+        return acompletions(await self._astream_chat(_asked(prompt), **kwargs))
+
     def _responses(self, answer: ResultStream[str, _Answered], span_id: str | None) -> ChatResponseGen:
         text = ""
         with closing(answer):
@@ -371,11 +372,11 @@ class BlockRAGLLM(FunctionCallingLLM):
         with closing(model.stream(prepared.prompt, options, attention=self.attention)) as stream:
             for chunk in stream:
                 said += chunk.text
-                text = shown_of(said) if tools else said
+                text = shown_of(said) if tools else said.strip()
                 if len(text) > len(shown):
                     yield text[len(shown) :]
                     shown = text
-        text, calls = split_calls(stream.result.text) if tools else (stream.result.text, ())
+        text, calls = split_calls(stream.result.text) if tools else (stream.result.text.strip(), ())
         return _Answered(text, calls, stream.result, prepared)
 
     def _prepare(
@@ -428,6 +429,10 @@ class BlockRAGLLM(FunctionCallingLLM):
         }
         response.additional_kwargs = usage.as_openai()
         return response
+
+
+def _asked(prompt: str) -> list[ChatMessage]:
+    return [ChatMessage(role=MessageRole.USER, content=prompt)]
 
 
 def _on_worker(model: BlockModel, answer: ResultStream[str, _Answered]) -> AsyncGenerator[str, None]:

@@ -178,6 +178,8 @@ def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
     """The parts with line breaks between them where they are needed."""
     joined: list[Part] = []
     for part in parts:
+        if not _text(part):
+            continue
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += f"\n{part}"
             continue
@@ -189,7 +191,7 @@ def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
             else:
                 joined.append("\n")
         joined.append(part)
-    return tuple(part for part in joined if part)
+    return tuple(joined)
 
 
 def _text(part: Part) -> str:
