@@ -96,7 +96,7 @@ def stopped(*arguments: str, asking: Any) -> Result:
 
 def test_a_signal_lets_a_stream_finish_and_ends_the_process_with_0() -> None:
     with process("--model", "demo") as (running, url), openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        arguments: Any = {**LONG, "max_tokens": 600}
+        arguments: Any = {**LONG, "max_tokens": 200}
         stream = client.chat.completions.create(model="demo", messages=[QUESTION], stream=True, **arguments)  # type: ignore[list-item]
         events = iter(stream)
         next(events)

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from blockrag import __version__
-from blockrag.server import blocks, chat, errors, seed, status
 from blockrag.server.access import Access
+from blockrag.server.blocks import router as blocks
+from blockrag.server.chat import router as chat
+from blockrag.server.errors import install
 from blockrag.server.limits import BodyLimits
 from blockrag.server.metrics import RequestMetrics
+from blockrag.server.seed import router as seed
 from blockrag.server.serving import Serving
+from blockrag.server.status import router as status
 
 if TYPE_CHECKING:
     from blockrag.index import PassageIndex
@@ -33,9 +37,9 @@ def create_app(model: BlockModel, settings: ServerSettings, *, index: PassageInd
     app = FastAPI(title="blockrag", version=__version__, docs_url=None, redoc_url=None)
     serving = Serving(model, settings, index)
     app.state.serving = serving
-    errors.install(app)
-    for room in (chat, blocks, seed, status):
-        app.include_router(room.router)
+    install(app)
+    for router in (chat, blocks, seed, status):
+        app.include_router(router)
     # The last one added stands outermost.
     app.add_middleware(BodyLimits, max_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s)
     app.add_middleware(Access, api_key=settings.api_key)
