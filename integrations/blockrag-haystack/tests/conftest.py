@@ -3,6 +3,8 @@
 import os
 
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+# Functions of tests may be named in serialised tools.
+os.environ["HAYSTACK_DESERIALIZATION_ALLOWLIST"] = "test_tools"
 
 from itertools import count
 
