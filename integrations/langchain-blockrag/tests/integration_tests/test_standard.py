@@ -32,12 +32,13 @@ from langchain_blockrag import (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _checkpoints(wordy_checkpoint: str, second_checkpoint: str) -> None:
+    TestChatBlockRAG.first, TestChatBlockRAG.second = wordy_checkpoint, second_checkpoint
+
+
 class TestChatBlockRAG(ChatModelIntegrationTests):
     first = second = ""
-
-    @pytest.fixture(scope="class", autouse=True)
-    def _checkpoints(self, wordy_checkpoint: str, second_checkpoint: str) -> None:
-        type(self).first, type(self).second = wordy_checkpoint, second_checkpoint
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -45,7 +46,7 @@ class TestChatBlockRAG(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": self.first}
+        return {"model": self.first, "max_tokens": 20}
 
     @property
     def model_override_value(self) -> str:
