@@ -38,8 +38,9 @@ class BlockRAGVectorStore(VectorStore):
     """Documents that are found by their vectors, and whose KV states wait in a chat model's block store.
 
     With a chat model, the blocks of documents are computed when the documents are added, in exactly the form its
-    prompts have them, and dropped when the last document that has them is deleted or replaced. Without one it is a
-    vector store like any other.
+    prompts have them, and dropped when the last document that has them is deleted or replaced. (The last of this
+    store: should another one share the block store and the text, its next question computes the block again.) Without
+    a chat model it is a vector store like any other.
 
     Safe to use from several threads, and from several processes on one path.
 
@@ -362,8 +363,9 @@ class BlockRAGVectorStore(VectorStore):
 
     def close(self) -> None:
         """Write and release files; the store must not be used afterwards. The chat model stays as it is."""
-        with langchain_errors():
-            self._store.close()
+        with langchain_errors(), self._opening:
+            if self._opened is not None:
+                self._opened.close()
 
     def __enter__(self) -> BlockRAGVectorStore:
         return self

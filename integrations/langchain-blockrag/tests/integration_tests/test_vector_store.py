@@ -238,6 +238,19 @@ def test_a_document_too_long_for_the_model_is_kept_without_kv(
     assert [d.id for d in store.similarity_search("long", k=1)] == ["long"]
 
 
+def test_replacing_a_document_replaces_its_kv_states(llm: ChatBlockRAG, store: BlockRAGVectorStore) -> None:
+    before = blocks(llm)
+    store.add_texts(["The capital of Bhutan is Paro."], [{"title": "Bhutan"}], ids=["Bhutan"])
+    assert (len(blocks(llm)), len(blocks(llm) - before)) == (3, 1)
+    found = store.similarity_search(QUESTION, k=1)
+    assert llm.bind(documents=found).invoke(QUESTION).text == "Paro"
+
+
+def test_closing_what_was_never_used_opens_nothing(tmp_path: Path) -> None:
+    BlockRAGVectorStore(BlockRAGEmbeddings(), path=tmp_path / "s", llm=ChatBlockRAG(model="/no/such/model")).close()
+    assert not (tmp_path / "s").exists()
+
+
 # -- the indexing API -------------------------------------------------------------------------------------------------
 
 
@@ -296,3 +309,32 @@ def test_indexing_removes_kv_states_nobody_else_uses(
     if cleanup == "full":
         run_index(asynchronous, [], records, store, cleanup)
         assert blocks(llm) == set()
+
+
+class Refusing(Axes):
+    """Embeds anything but texts about Peru, until it is told to."""
+
+    refuses = True
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        if self.refuses and any("Peru" in text for text in texts):
+            raise RuntimeError("the embedding service is down")
+        return [[float(len(text)), 1.0] for text in texts]
+
+
+def test_an_ingestion_that_dies_half_way_leaves_the_old_version(
+    llm: ChatBlockRAG, records: InMemoryRecordManager
+) -> None:
+    embedding = Refusing()
+    store = BlockRAGVectorStore(embedding, llm=llm)
+    old = [doc("a.md", "Thimphu is in Bhutan."), doc("b.md", "Lima is in Chile.")]
+    arguments: dict[str, Any] = {"cleanup": "full", "source_id_key": "source", "key_encoder": "sha256"}
+    index(old, records, store, **arguments)
+    new = [doc("a.md", "Thimphu is in Asia."), doc("b.md", "Lima is in Peru.")]
+    with pytest.raises(RuntimeError, match="is down"):
+        index(new, records, store, batch_size=1, **arguments)
+    assert {d.page_content for d in old} <= set(texts(store.similarity_search("1, 1", k=9)))
+    embedding.refuses = False
+    index(new, records, store, batch_size=1, **arguments)
+    assert set(texts(store.similarity_search("1, 1", k=9))) == {d.page_content for d in new}
+    assert len(blocks(llm)) == 2
