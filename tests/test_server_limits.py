@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from live_server import DOCUMENTS, LONG, QUESTION, Live, live_server
 
 from blockrag.errors import InputError
@@ -41,6 +42,11 @@ def begin(client: openai.OpenAI, **arguments: Any) -> Any:
     )
     next(iter(stream))
     return stream
+
+
+def inside(app: FastAPI) -> httpx.AsyncClient:
+    """A client in the application's own event loop, without a server between them."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1")
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -84,18 +90,17 @@ def test_an_openai_client_that_may_try_again_is_served_after_all(model: BlockMod
 def test_gates_let_in_one_after_the_other_whoever_leaves() -> None:
     async def scene() -> None:
         gate = Gate(max_concurrent=1, max_queue=8)
-        await gate.enter()
-        first, second, third = (asyncio.ensure_future(gate.enter()) for _ in range(3))
+        await gate.enter(60)
+        first, second, third = (asyncio.ensure_future(gate.enter(60)) for _ in range(3))
         await asyncio.sleep(0)
         assert (gate.running, gate.waiting) == (1, 3)
         first.cancel()  # leaves while it waits, and its turn comes before it noticed
         gate.leave()
-        await asyncio.sleep(0)
         await second
         third.cancel()
         await asyncio.gather(first, third, return_exceptions=True)
         assert (gate.running, gate.waiting) == (1, 0)
-        fourth = asyncio.ensure_future(gate.enter())
+        fourth = asyncio.ensure_future(gate.enter(60))
         await asyncio.sleep(0)
         gate.leave()  # its turn comes, and it leaves before it noticed
         fourth.cancel()
@@ -105,20 +110,40 @@ def test_gates_let_in_one_after_the_other_whoever_leaves() -> None:
     asyncio.run(scene())
 
 
+def test_a_turn_that_does_not_come_is_not_waited_for() -> None:
+    async def scene() -> None:
+        gate = Gate(max_concurrent=1, max_queue=8)
+        await gate.enter(60)
+        for timeout_s in (0, 0.01):
+            with pytest.raises(TimeoutError):
+                await gate.enter(timeout_s)
+        assert (gate.running, gate.waiting) == (1, 0)
+        late = asyncio.ensure_future(gate.enter(0))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        gate.leave()  # its turn comes just before its time is up
+        await late
+        assert (gate.running, gate.waiting) == (1, 0)
+
+    asyncio.run(scene())
+
+
 def test_a_closed_gate_sends_everybody_away() -> None:
     async def scene() -> None:
         gate = Gate(max_concurrent=1, max_queue=8)
-        await gate.enter()
-        waiting, leaving = (asyncio.ensure_future(gate.enter()) for _ in range(2))
+        await gate.enter(60)
+        waiting, before, after = (asyncio.ensure_future(gate.enter(60)) for _ in range(3))
         await asyncio.sleep(0)
-        leaving.cancel()
+        before.cancel()
         gate.close()
+        after.cancel()
         with pytest.raises(ApiError, match="shutting down"):
             await waiting
-        with pytest.raises(asyncio.CancelledError):
-            await leaving
+        for leaving in (before, after):
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
         with pytest.raises(ApiError, match="shutting down"):
-            await gate.enter()
+            await gate.enter(60)
         gate.leave()
         assert (gate.running, gate.waiting) == (0, 0)
 
@@ -170,6 +195,11 @@ def test_a_client_that_leaves_the_queue_is_not_answered(model: BlockModel) -> No
         stream.close()
 
 
+async def _copied(source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    while True:
+        yield await anext(source)
+
+
 def test_a_client_that_stops_reading_does_not_keep_its_place() -> None:
     closed, taken = [], []
 
@@ -188,7 +218,8 @@ def test_a_client_that_stops_reading_does_not_keep_its_place() -> None:
         if len(taken) == 3:
             await asyncio.Event().wait()
 
-    asyncio.run(EventStream(events(), limit_s=0.05)({"type": "http"}, receive, send))  # type: ignore[arg-type]
+    source = events()
+    asyncio.run(EventStream(_copied(source), source, limit_s=0.05)({"type": "http"}, receive, send))  # type: ignore[arg-type]
     assert closed == [True]
     assert all(message.get("more_body", True) for message in taken)
 
@@ -427,12 +458,23 @@ def test_a_server_that_stops_says_so_while_it_does(model: BlockModel) -> None:
     app.state.serving.stop()
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+        async with inside(app) as http:
             return await http.get("/health")
 
     reply = asyncio.run(ask())
     assert (reply.status_code, reply.json()["status"]) == (503, "shutting_down")
+
+
+def test_a_request_whose_turn_does_not_come_in_time_is_told(model: BlockModel) -> None:
+    app = create_app(model, ServerSettings(model_name="demo", max_concurrent=1, timeout_s=0.1))
+
+    async def ask() -> httpx.Response:
+        await app.state.serving.gate.enter(0)
+        async with inside(app) as http:
+            return await http.post("/v1/chat/completions", json={"messages": [QUESTION]})
+
+    reply = asyncio.run(ask())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
 
 
 def test_an_application_can_be_run_by_any_server(model: BlockModel) -> None:

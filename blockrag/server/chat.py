@@ -9,7 +9,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -61,7 +60,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return Response(status_code=GONE)
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     events = _events(completion, first, pieces, include_usage=include_usage)
-    return EventStream(events, limit_s=serving.settings.timeout_s + _READING_S)
+    return EventStream(events, pieces, limit_s=serving.settings.timeout_s + _READING_S)
 
 
 def _prompt(serving: Serving, body: ChatRequest, completion: Completion) -> SegmentedPrompt:
@@ -84,20 +83,19 @@ async def _events(
     yield event(completion.chunk({"role": "assistant", "content": ""}))
     edges = EdgeStripper() if completion.strip else None
     piece = first
-    async with aclosing(rest):
-        try:
-            while not isinstance(piece, Generation):
-                text = edges.push(piece) if edges else piece
-                # A call can be told from text only when it is complete.
-                if text and not completion.tools:
-                    yield event(completion.chunk({"content": text}))
-                piece = await anext(rest)
-        except BlockRAGError as error:
-            yield event(api_error(error).body)
-            return
-        except ApiError as error:
-            yield event(error.body)
-            return
+    try:
+        while not isinstance(piece, Generation):
+            text = edges.push(piece) if edges else piece
+            # A call can be told from text only when it is complete.
+            if text and not completion.tools:
+                yield event(completion.chunk({"content": text}))
+            piece = await anext(rest)
+    except BlockRAGError as error:
+        yield event(api_error(error).body)
+        return
+    except ApiError as error:
+        yield event(error.body)
+        return
     message, finish_reason = completion.message(piece)
     if completion.tools:
         calls = message.get("tool_calls")

@@ -65,17 +65,21 @@ class EventStream(StreamingResponse):
 
     Args:
         events: The encoded events.
+        source: What they are made from; it is closed with them, also if no event was taken.
         limit_s: Longest time for all of them to be taken: a client that stops reading must not keep its place.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, limit_s: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None], *, limit_s: float
+    ) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
+        self._source = source
         self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; a response left incomplete makes the server close the connection."""
-        async with aclosing(self._events):
+        async with aclosing(self._source), aclosing(self._events):
             with suppress(ClientGoneError, asyncio.TimeoutError):
                 await asyncio.wait_for(while_connected(receive, self.stream_response(send)), self._limit_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from contextlib import suppress
 
 from blockrag.server.errors import ApiError
 
@@ -40,11 +39,15 @@ class Gate:
         """Requests that wait for their turn."""
         return len(self._turns)
 
-    async def enter(self) -> None:
+    async def enter(self, timeout_s: float) -> None:
         """Wait for one's turn; whoever got in must `leave`.
+
+        Args:
+            timeout_s: Longest time to wait.
 
         Raises:
             ApiError: 503: the queue is full, or the gate is or was closed.
+            TimeoutError: The turn did not come in time.
         """
         if self.closed:
             raise shutting_down()
@@ -54,18 +57,21 @@ class Gate:
         if len(self._turns) >= self._max_queue:
             message = f"{self.running} requests are being answered and {self.waiting} wait; try again in a second"
             raise ApiError(503, message, code="queue_full", headers={"Retry-After": "1"})
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(timeout_s, _expire, turn)
         self._turns.append(turn)
         try:
             await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                with suppress(ValueError):
-                    self._turns.remove(turn)
-            elif turn.exception() is None:
+        except BaseException:
+            if turn in self._turns:
+                self._turns.remove(turn)
+            elif not turn.cancelled() and turn.exception() is None:
                 # The turn came in the very moment in which the one waiting for it left.
                 self.leave()
             raise
+        finally:
+            timer.cancel()
 
     def leave(self) -> None:
         """Give one's place to whoever waits longest."""
@@ -83,3 +89,8 @@ class Gate:
             turn = self._turns.popleft()
             if not turn.done():
                 turn.set_exception(shutting_down())
+
+
+def _expire(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_exception(TimeoutError())

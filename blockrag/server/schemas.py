@@ -92,6 +92,7 @@ def _without_none(value: object) -> object:
 
 
 _Text = Annotated[str, BeforeValidator(_without_none)]
+_Positive = Annotated[int, Field(ge=1)]
 
 
 class _Strict(BaseModel):
@@ -181,10 +182,10 @@ class StreamOptions(_Lenient):
 class _Sampled(BaseModel):
     """How the answer is generated, where a request says so."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     ignore_eos: bool | None = None
@@ -218,8 +219,8 @@ class ChatRequest(_Sampled):
     blockrag: BlockRAGOptions = Field(default_factory=BlockRAGOptions)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: _Positive | None = None
+    max_completion_tokens: _Positive | None = None
     tools: Annotated[list[dict[str, Any]], BeforeValidator(_as_list)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto"] | None = None
 
@@ -239,7 +240,7 @@ class SeedRequest(_Sampled):
 
     blocks: list[str] = Field(min_length=1)
     num_local_attention_blocks: int = Field(default=10_000, ge=0)
-    max_new_tokens: int | None = None
+    max_new_tokens: _Positive | None = None
     allow_special: bool = False
 
     @property

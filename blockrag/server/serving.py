@@ -148,7 +148,10 @@ class Serving:
     async def _turn(self, started: float) -> AsyncIterator[float]:
         """Wait for one's turn, and have it; gives the time until which it lasts."""
         deadline = started + self.settings.timeout_s
-        await self._within(deadline, self.gate.enter())
+        try:
+            await self.gate.enter(self._left(deadline))
+        except TimeoutError:
+            raise self._too_late() from None
         try:
             yield deadline
         finally:
@@ -168,19 +171,35 @@ class Serving:
     async def _within(self, deadline: float, work: Awaitable[T]) -> T:
         """Wait for something as long as there is time.
 
+        Not `asyncio.wait_for`, which before Python 3.12 loses a cancellation that comes with the result.
+
         Raises:
-            ApiError: 504, or 503 if it is the server that has no more time.
+            ApiError: See `_too_late`.
         """
+        task = asyncio.ensure_future(work)
         try:
-            return await asyncio.wait_for(work, min(deadline, self._stops_at) - time.monotonic())
-        except asyncio.TimeoutError:
-            if time.monotonic() >= self._stops_at:
-                raise shutting_down() from None
-            message = (
-                f"there was no complete answer within {self.settings.timeout_s:g} s; ask for fewer tokens, send fewer "
-                "documents, or start the server with a longer --timeout"
-            )
-            raise ApiError(504, message, code="timeout") from None
+            await asyncio.wait({task}, timeout=self._left(deadline))
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled():
+            raise self._too_late()
+        return task.result()
+
+    def _left(self, deadline: float) -> float:
+        """Seconds until a request's time is up, or the server's."""
+        return max(0.0, min(deadline, self._stops_at) - time.monotonic())
+
+    def _too_late(self) -> ApiError:
+        """What those see whose time is up: 503 if the server's is as well, else 504."""
+        if time.monotonic() >= self._stops_at:
+            return shutting_down()
+        message = (
+            f"there was no complete answer within {self.settings.timeout_s:g} s; ask for fewer tokens, send fewer "
+            "documents, or start the server with a longer --timeout"
+        )
+        return ApiError(504, message, code="timeout")
 
 
 def serving_of(request: Request) -> Serving:
