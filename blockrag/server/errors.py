@@ -1,8 +1,9 @@
 """Every error as HTTP status and OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`.
 
-    400 invalid_json, invalid_value, unsupported_parameter, context_length_exceeded    404 model_not_found, not_found
-    401 invalid_api_key    403 foreign_origin    408 request_timeout    413 request_too_large
-    500 internal_error    503 queue_full, shutting_down, store_unavailable    504 timeout
+    400  invalid_json, invalid_value, unsupported_parameter, unknown_parameter, context_length_exceeded
+    401  invalid_api_key          403  foreign_origin       404  model_not_found, not_found
+    408  request_timeout          413  request_too_large    405 and others  invalid_request
+    500  internal_error           504  timeout              503  queue_full, shutting_down, store_unavailable
 
 Source: https://platform.openai.com/docs/guides/error-codes
 """
