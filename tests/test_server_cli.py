@@ -231,11 +231,13 @@ def browser(directory: Path) -> Iterator[httpx.Client]:
                         time.sleep(0.05)
                 wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
                 session = http.post("/session", json=wanted).raise_for_status().json()["value"]["sessionId"]
-                http.base_url = httpx.URL(f"http://127.0.0.1:{port}/session/{session}")
+                address = f"http://127.0.0.1:{port}/session/{session}"
+                http.base_url = httpx.URL(address)
                 try:
                     yield http
                 finally:
-                    http.delete("")
+                    # The driver alone does not take the browser with it.
+                    http.delete(address).raise_for_status()
         finally:
             driver.terminate()
 
