@@ -10,8 +10,9 @@ from tiny_models import REFUSED_CASES
 
 from blockrag.errors import InputError
 from blockrag.model.block_model import BlockModel
+from blockrag.model.config import ModelConfig
 from blockrag.model.sampling import GenerationOptions
-from blockrag.model.shared import ModelConfig, register_model, shared_model, shared_store
+from blockrag.model.shared import register_model, shared_model, shared_store
 from blockrag.model.usage import Usage
 
 

@@ -9,51 +9,22 @@ prefill for a language model that was configured elsewhere.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blockrag.errors import InputError
-from blockrag.model.block_model import Attention, BlockModel
+from blockrag.model.block_model import BlockModel
+from blockrag.model.config import ModelConfig
 from blockrag.stores import open_store
 
 if TYPE_CHECKING:
-    from blockrag.codec import Precision
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["DEFAULT_STORE", "ModelConfig", "register_model", "shared_model", "shared_store"]
-
-DEFAULT_STORE = "memory://?max_bytes=2GiB"
-"""The store of a configuration that names none."""
+__all__ = ["register_model", "shared_model", "shared_store"]
 
 _REGISTERED = "registered:"
 _LOCK = threading.RLock()
 _MODELS: dict[ModelConfig, BlockModel] = {}
 _STORES: dict[str, BlockStore] = {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """What makes two models the same for callers in one process: the arguments of `BlockModel.from_pretrained`.
-
-    Args:
-        model: A directory, a hub id, or "demo".
-        store: URL of the block store, as `open_store` takes it. Equal URLs are one store, also across models.
-        device: See `BlockModel.from_pretrained`.
-        dtype: See `BlockModel.from_pretrained`.
-        attention: See `BlockModel`.
-        precision: See `BlockModel`.
-        block_fine_tuned: See `BlockModel.from_pretrained`.
-        namespace: See `BlockModel`.
-    """
-
-    model: str = "demo"
-    store: str = DEFAULT_STORE
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: Attention = "block"
-    precision: Precision | None = None
-    block_fine_tuned: bool | None = None
-    namespace: str = ""
 
 
 def shared_model(config: ModelConfig) -> BlockModel:

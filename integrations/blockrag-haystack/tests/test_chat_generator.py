@@ -13,7 +13,8 @@ from haystack.dataclasses import ChatMessage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockrag.demo import checkpoint_path, load_questions
-from blockrag.model.shared import ModelConfig, shared_model
+from blockrag.model.config import ModelConfig
+from blockrag.model.shared import shared_model
 from blockrag.prompt.chat import segment_chat
 from blockrag.prompt.message import Message
 from haystack_integrations.components.generators.blockrag import BlockRAGChatGenerator

@@ -20,8 +20,8 @@ from langchain_blockrag.messages import core_messages, with_documents
 if TYPE_CHECKING:
     from blockrag.model.answer import Chunk, Generation
     from blockrag.model.block_model import Attention, BlockModel
+    from blockrag.model.config import ModelConfig
     from blockrag.model.sampling import GenerationOptions
-    from blockrag.model.shared import ModelConfig
     from blockrag.model.stream import ResultStream
     from blockrag.prompt import Message, SegmentedPrompt
 
@@ -244,7 +244,7 @@ class ChatBlockRAG(BaseChatModel):
     # -- one call -----------------------------------------------------------------------------------------------------
 
     def _config(self, name: str | None = None) -> ModelConfig:
-        from blockrag.model.shared import DEFAULT_STORE, ModelConfig
+        from blockrag.model.config import DEFAULT_STORE, ModelConfig
 
         return ModelConfig(
             model=name or self.model_name,

@@ -44,8 +44,9 @@ from llama_index.llms.blockrag.tool_calls import arguments_of, shown_of, split_c
 from llama_index_instrumentation import get_dispatcher
 
 from blockrag.codec import Precision
+from blockrag.model.config import DEFAULT_STORE, ModelConfig
 from blockrag.model.sampling import GenerationOptions
-from blockrag.model.shared import DEFAULT_STORE, ModelConfig, register_model, shared_model
+from blockrag.model.shared import register_model, shared_model
 from blockrag.model.stream import ResultStream
 from blockrag.prompt.tools import supports_tools
 

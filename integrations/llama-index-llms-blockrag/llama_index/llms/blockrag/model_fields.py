@@ -60,7 +60,8 @@ class ModelFields(PlainFields):
             UnsupportedModelError: It cannot be composed exactly.
             StoreError: The store's directory cannot be used.
         """
-        from blockrag.model.shared import DEFAULT_STORE, ModelConfig, shared_model
+        from blockrag.model.config import DEFAULT_STORE, ModelConfig
+        from blockrag.model.shared import shared_model
 
         if self.model_name is None:
             raise InputError(f"{type(self).__name__} has no model_name; pass the language model's")

@@ -17,8 +17,8 @@ from haystack.errors import FilterError
 from haystack.utils.filters import document_matches_filter
 
 from blockrag.errors import PassageIndexError, StoreError
+from blockrag.model.config import DEFAULT_STORE
 from haystack_integrations.common.blockrag import ConfiguredModel, DocumentForm, checked_form, document_blocks
-from haystack_integrations.common.blockrag.configured_model import DEFAULT_STORE
 from haystack_integrations.document_stores.blockrag import metadata
 from haystack_integrations.document_stores.blockrag.records import from_passage, has_content, is_embedded, to_passage
 

@@ -29,8 +29,8 @@ from haystack.tools import (
 )
 from haystack.utils import deserialize_callable, serialize_callable
 
+from blockrag.model.config import DEFAULT_STORE
 from haystack_integrations.common.blockrag import ConfiguredModel, DocumentForm, document_excerpt
-from haystack_integrations.common.blockrag.configured_model import DEFAULT_STORE
 from haystack_integrations.components.generators.blockrag.conversation import (
     PromptForm,
     chosen_form,
@@ -209,7 +209,7 @@ class BlockRAGChatGenerator:
         if not messages:
             return {"replies": []}
         request = self._request(messages, documents, generation_kwargs, tools)
-        outgoing = _Outgoing(self._model.model, ComponentInfo.from_component(self))
+        outgoing = _Outgoing(self._model.name, ComponentInfo.from_component(self))
         stream = self._stream(request)
         for piece in stream:
             if callback is not None and not request.tools and (chunk := outgoing.take(piece.text)):
@@ -239,7 +239,7 @@ class BlockRAGChatGenerator:
             return {"replies": []}
         request = self._request(messages, documents, generation_kwargs, tools)
         model = self._model.load()
-        outgoing = _Outgoing(self._model.model, ComponentInfo.from_component(self))
+        outgoing = _Outgoing(self._model.name, ComponentInfo.from_component(self))
         stream = self._stream(request)
         # Closed here and now, also when the callback raises: the worker is not to go on for nobody. (on_worker is a
         # generator, which its annotation does not say.)

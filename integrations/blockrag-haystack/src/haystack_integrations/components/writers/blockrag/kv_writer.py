@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from haystack import Document, component, default_from_dict, default_to_dict
 
+from blockrag.model.config import DEFAULT_STORE
 from haystack_integrations.common.blockrag import (
     ConfiguredModel,
     DocumentForm,
@@ -15,7 +16,6 @@ from haystack_integrations.common.blockrag import (
     document_blocks,
     document_passage,
 )
-from haystack_integrations.common.blockrag.configured_model import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from blockrag.codec import Precision
