@@ -15,8 +15,14 @@ import blockrag
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Run by the tests of the integration they show, with the oldest and the newest release of its framework.
+FRAMEWORKS = ("llama_index", "langchain", "haystack")
+
+
+def of_a_framework(path: Path) -> bool:
+    return path.stem.replace("-", "_").startswith(FRAMEWORKS)
 
 
 def python_blocks(text: str) -> list[tuple[str, str]]:
@@ -25,7 +31,7 @@ def python_blocks(text: str) -> list[tuple[str, str]]:
     return [(code, output or "") for code, output in pattern.findall(text)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if not of_a_framework(page)], ids=lambda page: page.name)
 def test_python_blocks_run_and_print_what_the_page_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,9 +65,19 @@ def test_the_two_commands_of_the_readme_exist() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_examples_are_short() -> None:
+    for example in EXAMPLES:
+        assert len(example.read_text("utf-8").splitlines()) < 80, example.name
+
+
+def test_what_shows_a_framework_is_run_by_its_integration() -> None:
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "integrations").glob("*/tests/**/*.py"))
+    for path in filter(of_a_framework, [*EXAMPLES, *PAGES]):
+        assert path.stem in tests, f"no test of an integration runs {path.name}"
+
+
+@pytest.mark.parametrize("example", [one for one in EXAMPLES if not of_a_framework(one)], ids=lambda one: one.name)
 def test_examples_run(example: Path) -> None:
-    assert len(example.read_text("utf-8").splitlines()) < 80
     result = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout
@@ -92,5 +108,5 @@ def test_every_command_is_documented() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name in navigation
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in navigation
