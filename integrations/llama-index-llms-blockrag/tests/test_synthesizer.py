@@ -130,7 +130,7 @@ def test_text_chunks_alone_will_do(make_llm: MakeLLM) -> None:
 
 
 def test_no_nodes(llm: BlockRAGLLM) -> None:
-    assert str(BlockSynthesizer(llm, empty_response="Nothing found").synthesize(QUESTION, [])) == "Nothing found"
+    assert str(BlockSynthesizer(llm).synthesize(QUESTION, [])) == "Empty Response"
 
 
 def test_prompts_can_be_read_and_replaced(llm: BlockRAGLLM) -> None:

@@ -143,7 +143,7 @@ async def test_sixteen_queries_at_once_do_not_mix(make_llm: MakeLLM, ear: Ear) -
 
 
 def test_split_passages_are_counted_and_prefilled_plainly(make_llm: MakeLLM, ear: Ear) -> None:
-    long = " ".join(f"The {word} runs from the lake to the sea." for word in ("river", "road", "wall") * 14)
+    long = " ".join(f"The {word} runs from the lake to the sea." for word in ("river", "road", "wall") * 24)
     hits = nodes_of({"Bhutan": "Thimphu"})
     hits[0].node.text = long
     llm = make_llm(context_window=1400)

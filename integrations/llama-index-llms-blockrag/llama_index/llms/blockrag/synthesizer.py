@@ -34,6 +34,8 @@ __all__ = ["BlockSynthesizer"]
 logger = logging.getLogger(__name__)
 
 _SEPARATOR = "\n\n"
+# What stock synthesizers say where the model says nothing.
+_EMPTY_RESPONSE = "Empty Response"
 
 
 class BlockSynthesizer(BaseSynthesizer):
@@ -45,7 +47,6 @@ class BlockSynthesizer(BaseSynthesizer):
             against `{context_str}`, without white space, gets a line break there.
         streaming: Whether answers are streamed.
         callback_manager: As for every synthesizer.
-        empty_response: What is answered without passages.
 
     Attributes:
         passages_dropped: Passages left out so far because the context window was too small.
@@ -61,9 +62,8 @@ class BlockSynthesizer(BaseSynthesizer):
         text_qa_template: BasePromptTemplate | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
-        empty_response: str | None = None,
     ) -> None:
-        super().__init__(llm=llm, callback_manager=callback_manager, streaming=streaming, empty_response=empty_response)
+        super().__init__(llm=llm, callback_manager=callback_manager, streaming=streaming)
         if not isinstance(self._llm, BlockRAGLLM):
             raise ValueError(
                 f"BlockSynthesizer counts with the tokenizer of a BlockRAGLLM and got {type(self._llm).__name__}; pass "
@@ -122,7 +122,7 @@ class BlockSynthesizer(BaseSynthesizer):
             messages = self._fitting(query_str, _passages(text_chunks, hits), response_kwargs)
             if self._streaming:
                 return _deltas(self.llm.stream_chat(messages))
-            return self.llm._parse_output(self.llm.chat(messages).message.content or "") or self._empty_response
+            return self.llm._parse_output(self.llm.chat(messages).message.content or "") or _EMPTY_RESPONSE
 
     async def aget_response(
         self,
@@ -139,7 +139,7 @@ class BlockSynthesizer(BaseSynthesizer):
             if self._streaming:
                 return _adeltas(await self.llm.astream_chat(messages))
             response = await self.llm.achat(messages)
-            return self.llm._parse_output(response.message.content or "") or self._empty_response
+            return self.llm._parse_output(response.message.content or "") or _EMPTY_RESPONSE
 
     def messages(self, query_str: str, passages: Sequence[PassageBlock], **variables: Any) -> list[ChatMessage]:
         """The messages that show passages and a question, without regard to the context window.
