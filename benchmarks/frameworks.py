@@ -67,7 +67,9 @@ def main() -> int:
     arguments = parser.parse_args()
     subject = SubjectSpec(shape=arguments.shape, device=arguments.device).load()
     result = measure(subject, arguments)
-    result["command"] = " ".join(["python benchmarks/frameworks.py", *sys.argv[1:]])
+    # Where the files go is the reader's business.
+    kept = [word for word in sys.argv[1:] if word != "--output" and word != str(arguments.output)]
+    result["command"] = " ".join(["python benchmarks/frameworks.py", *kept])
     directory = arguments.output / f"frameworks-{arguments.shape}-{subject.device}"
     directory.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
