@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import Ear
 from llama_index.core.agent.workflow import AgentStream, FunctionAgent, ToolCallResult
-from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ToolCallBlock
 from llama_index.core.llms import TextBlock
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.blockrag import BlockCacheEvent, BlockRAGLLM, PassageBlock
@@ -169,6 +170,34 @@ async def test_streaming_with_tools_shows_no_calls(llm: BlockRAGLLM) -> None:
     answer = list(llm.stream_chat_with_tools([TOOL], chat_history=TOLD))
     assert len(answer) > 2
     assert "".join(piece.delta or "" for piece in answer) == answer[-1].message.content == ANSWER
+
+
+async def test_a_call_being_written_leaves_others_their_turn(llm: BlockRAGLLM) -> None:
+    done: list[str] = []
+
+    async def call() -> None:
+        await llm.achat_with_tools([TOOL], chat_history=ASKING)
+        done.append("call")
+
+    async def answer() -> None:
+        async for _ in await llm.astream_chat_with_tools([TOOL], chat_history=TOLD):
+            done.append("piece")
+
+    await asyncio.gather(call(), answer())
+    assert done[0] == "piece"
+    assert "call" in done
+
+
+def test_one_call_unless_several_are_allowed(llm: BlockRAGLLM) -> None:
+    calls = [ToolCallBlock(tool_call_id=str(n), tool_name="search", tool_kwargs={"query": str(n)}) for n in range(2)]
+
+    def response() -> ChatResponse:
+        return ChatResponse(message=ChatMessage(role="assistant", blocks=[TextBlock(text="Both."), *calls]))
+
+    (call,) = llm.get_tool_calls_from_response(llm._validate_chat_with_tools_response(response(), [TOOL]))
+    assert call.tool_kwargs == {"query": "0"}
+    several = llm._validate_chat_with_tools_response(response(), [TOOL], allow_parallel_tool_calls=True)
+    assert len(llm.get_tool_calls_from_response(several)) == 2
 
 
 # LlamaIndex asks every workflow, and thereby every agent, for all of its attributes.

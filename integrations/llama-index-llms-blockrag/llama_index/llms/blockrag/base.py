@@ -287,6 +287,20 @@ class BlockRAGLLM(FunctionCallingLLM):
             )
         return {"messages": messages, "tools": [tool.metadata.to_openai_tool() for tool in tools], **kwargs}
 
+    def _validate_chat_with_tools_response(
+        self,
+        response: ChatResponse,
+        tools: Sequence[BaseTool],
+        allow_parallel_tool_calls: bool = False,
+        **kwargs: Any,
+    ) -> ChatResponse:
+        """The response, with its first call only unless several are allowed."""
+        if not allow_parallel_tool_calls:
+            blocks = response.message.blocks
+            first = next((block for block in blocks if isinstance(block, ToolCallBlock)), None)
+            response.message.blocks = [b for b in blocks if b is first or not isinstance(b, ToolCallBlock)]
+        return response
+
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
@@ -335,7 +349,7 @@ class BlockRAGLLM(FunctionCallingLLM):
     def _responses(self, answer: ResultStream[str, _Answered], span_id: str | None) -> ChatResponseGen:
         text = ""
         with closing(answer):
-            for delta in answer:
+            for delta in filter(None, answer):
                 text += delta
                 yield _response(text, delta)
         yield self._completed(answer.result, span_id, delta=answer.result.text.removeprefix(text))
@@ -346,8 +360,9 @@ class BlockRAGLLM(FunctionCallingLLM):
         text = ""
         async with aclosing(_on_worker(model, answer)) as pieces:
             async for delta in pieces:
-                text += delta
-                yield _response(text, delta)
+                if delta:
+                    text += delta
+                    yield _response(text, delta)
         yield self._completed(answer.result, span_id, delta=answer.result.text.removeprefix(text))
 
     def _answer(
@@ -366,7 +381,10 @@ class BlockRAGLLM(FunctionCallingLLM):
         tracked: tracking.Tracked | None,
         options: GenerationOptions,
     ) -> Generator[str, None, _Answered]:
-        """Yields what is new of the text apart from calls, and returns the answer."""
+        """Yields what is new of the text apart from calls, with every token, and returns the answer.
+
+        That is often nothing; but only between two pieces can others have their turn, and this answer be dropped.
+        """
         prepared = self._prepare(model, messages, tools, tracked)
         self._count(prepared)
         said = shown = ""
@@ -374,9 +392,8 @@ class BlockRAGLLM(FunctionCallingLLM):
             for chunk in stream:
                 said += chunk.text
                 text = shown_of(said) if tools else said.strip()
-                if len(text) > len(shown):
-                    yield text[len(shown) :]
-                    shown = text
+                yield text[len(shown) :]
+                shown = text
         text, calls = split_calls(stream.result.text) if tools else (stream.result.text.strip(), ())
         return _Answered(text, calls, stream.result, prepared)
 
