@@ -269,7 +269,7 @@ def test_it_is_a_language_model_of_llama_index() -> None:
 def test_copies_share_the_model(llm: BlockRAGLLM) -> None:
     text = llm.complete("The river").text
     for again in (
-        pickle.loads(pickle.dumps(llm)),  # noqa: S301
+        pickle.loads(pickle.dumps(llm)),
         copy.deepcopy(llm),
         BlockRAGLLM.from_dict(llm.to_dict()),
         BlockRAGLLM.from_json(llm.to_json()),
