@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -81,6 +82,8 @@ def compose(model: Any, prompt: Any) -> dict[str, int]:
     # Kept between prompts, and shared by all of them: not this prompt's memory.
     angle_table(model.profile.regimes[0].ropes[0].keys, prompt.num_tokens, torch.device("cpu"))
     running = model.start()
+    # What an earlier model kept must not be freed while this one is measured.
+    gc.collect()
     forget_peak()
     before = resident("VmRSS")
     running.extend(prompt.blocks, room=ROOM)
