@@ -32,6 +32,7 @@ from llama_index.llms.blockrag.base import _without_credentials
 
 from blockrag import BlockModel, NotBlockFineTunedWarning
 from blockrag.errors import StoreError
+from blockrag.model.config import ModelConfig
 from blockrag.model.shared import shared_model
 
 MakeLLM = Callable[..., BlockRAGLLM]
@@ -294,6 +295,13 @@ def test_from_model_uses_a_loaded_model(llm: BlockRAGLLM) -> None:
     assert given.block_model is model
     assert copy.deepcopy(given).block_model is model
     assert given.complete("The river").text == llm.complete("The river").text
+
+
+def test_from_model_keeps_the_configuration_of_a_shared_model() -> None:
+    model = shared_model(ModelConfig(device="cpu", namespace="tenant", precision="float32"))
+    given = BlockRAGLLM.from_model(model)
+    assert given.block_model is model
+    assert (given.device, given.namespace, given.precision) == ("cpu", "tenant", "float32")
 
 
 def test_what_is_told_of_it_holds_no_secrets() -> None:

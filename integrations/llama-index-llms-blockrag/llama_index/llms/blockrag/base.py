@@ -38,13 +38,13 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.llms.blockrag import tracking
 from llama_index.llms.blockrag.events import BlockCacheEvent
 from llama_index.llms.blockrag.messages import Prepared, prepare
+from llama_index.llms.blockrag.model_fields import config_of, fields_of
 from llama_index.llms.blockrag.nodes import PromptForm
 from llama_index.llms.blockrag.streams import acompletions, aobserved, completion_of, completions, observed
 from llama_index.llms.blockrag.tool_calls import arguments_of, shown_of, split_calls
 from llama_index_instrumentation import get_dispatcher
 
 from blockrag.codec import Precision
-from blockrag.model.config import DEFAULT_STORE, ModelConfig
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.shared import register_model, shared_model
 from blockrag.model.stream import ResultStream
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
     from blockrag.model.answer import Generation
     from blockrag.model.block_model import BlockModel
+    from blockrag.model.config import ModelConfig
     from blockrag.prompt.message import ToolCall
 
 __all__ = ["BlockRAGLLM"]
@@ -139,10 +140,9 @@ class BlockRAGLLM(FunctionCallingLLM):
 
         Args:
             model: The model; its store and its kind of attention are used.
-            **fields: Other fields.
+            **fields: Fields that do not describe the model.
         """
-        config = register_model(model)
-        return cls(model_name=config.model, store_url=config.store, attention=config.attention, **fields)
+        return cls(**fields_of(register_model(model)), **fields)
 
     @classmethod
     def class_name(cls) -> str:
@@ -152,16 +152,7 @@ class BlockRAGLLM(FunctionCallingLLM):
     @property
     def shared_config(self) -> ModelConfig:
         """Which model of this process it uses: components with an equal configuration share it, and its store."""
-        return ModelConfig(
-            model=self.model_name,
-            store=DEFAULT_STORE if self.store_url is None else self.store_url,
-            device=self.device,
-            dtype=self.dtype,
-            attention=self.attention,
-            precision=self.precision,
-            block_fine_tuned=self.block_fine_tuned,
-            namespace=self.namespace,
-        )
+        return config_of(self)
 
     @property
     def block_model(self) -> BlockModel:

@@ -6,6 +6,7 @@ values share one model and one block store per process.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field
@@ -13,6 +14,7 @@ from llama_index.llms.blockrag.nodes import PromptForm
 from llama_index.llms.blockrag.plain_fields import PlainFields
 
 from blockrag.errors import InputError
+from blockrag.model.config import DEFAULT_STORE, ModelConfig
 
 if TYPE_CHECKING:
     from llama_index.llms.blockrag.base import BlockRAGLLM
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from blockrag.model.block_model import BlockModel
 
-__all__ = ["ModelFields"]
+__all__ = ["ModelFields", "config_of", "fields_of"]
 
 
 class ModelFields(PlainFields):
@@ -60,20 +62,32 @@ class ModelFields(PlainFields):
             UnsupportedModelError: It cannot be composed exactly.
             StoreError: The store's directory cannot be used.
         """
-        from blockrag.model.config import DEFAULT_STORE, ModelConfig
         from blockrag.model.shared import shared_model
 
-        if self.model_name is None:
-            raise InputError(f"{type(self).__name__} has no model_name; pass the language model's")
-        return shared_model(
-            ModelConfig(
-                model=self.model_name,
-                store=self.store_url or DEFAULT_STORE,
-                device=self.device,
-                dtype=self.dtype,
-                attention=self.attention,
-                precision=self.precision,
-                block_fine_tuned=self.block_fine_tuned,
-                namespace=self.namespace,
-            )
-        )
+        return shared_model(config_of(self))
+
+
+def config_of(component: ModelFields | BlockRAGLLM) -> ModelConfig:
+    """The model a component's fields name.
+
+    Raises:
+        InputError: They name none.
+    """
+    if component.model_name is None:
+        raise InputError(f"{type(component).__name__} has no model_name; pass the language model's")
+    return ModelConfig(
+        model=component.model_name,
+        store=component.store_url or DEFAULT_STORE,
+        device=component.device,
+        dtype=component.dtype,
+        attention=component.attention,
+        precision=component.precision,
+        block_fine_tuned=component.block_fine_tuned,
+        namespace=component.namespace,
+    )
+
+
+def fields_of(config: ModelConfig) -> dict[str, Any]:
+    """The fields that name the model of a configuration."""
+    fields = asdict(config)
+    return {"model_name": fields.pop("model"), "store_url": fields.pop("store"), **fields}
