@@ -1,7 +1,8 @@
 """Functions a model may call: prompts that offer them, in the model's own chat template, and calls read from answers.
 
 A chat template is asked to render the messages with a marker in the place of everything that comes from outside; what
-stands around the markers is markup, and what they stand for is content, which can never act as markup.
+stands around the markers is markup, and what they stand for is content, which can never act as markup. Names, ids and
+schemas, which chat templates may look at, get a marker only where they could act as markup.
 Source: https://huggingface.co/docs/transformers/chat_extras
 """
 
@@ -10,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from blockrag.errors import PromptError
-from blockrag.prompt.encode import Span, check_text, content, markup
+from blockrag.prompt.encode import Span, _control_tokens, check_text, content, markup
 from blockrag.prompt.message import Excerpt, Message, Part, ToolCall
 
 if TYPE_CHECKING:
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_tool_calls", "render_with_tools", "supports_tools", "trimmed"]
 
-_Marker: TypeAlias = Callable[[list[Part | Span]], str]
 # Hermes and Qwen mark each call; Mistral marks a list of them; Llama 3 answers with the bare call.
 _MARKED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 _LEADS = ("[TOOL_CALLS]", "<|python_tag|>")
+# What is no part of a control token, whatever stands beside it.
+_HARMLESS = re.compile(r"[A-Za-z0-9_.-]*")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def supports_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -48,64 +51,106 @@ def render_with_tools(
             f"the chat template of {tokenizer.name_or_path!r} shows no tools; use a model whose template does, or call "
             "it without tools"
         )
-    fills: dict[str, list[Part | Span]] = {}
-    nonce = secrets.token_hex(4)
-
-    def marker(pieces: list[Part | Span]) -> str:
-        name = f"Filler{nonce}N{len(fills)}E"
-        fills[name] = pieces
-        return name
-
-    rows = [_row(message, marker) for message in messages]
+    markers = _Markers(tokenizer)
+    rows = [_row(message, markers) for message in messages]
+    schemas = [markers.in_schema(tool) for tool in tools]
     try:
-        text = tokenizer.apply_chat_template(
-            rows, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=False
-        )
+        text = tokenizer.apply_chat_template(rows, tools=schemas or None, add_generation_prompt=True, tokenize=False)
     # A chat template is foreign code: it refuses messages by raising whatever it likes.
     except Exception as error:
         roles = [message.role for message in messages]
         raise PromptError(f"the model's chat template cannot show the roles {roles}: {error}") from error
-    pattern = re.compile(rf"(Filler{nonce}N\d+E)")
-    shown = pattern.split(str(text))
-    for name, pieces in fills.items():
-        if pieces and name not in shown:
-            said = "".join(piece.text for piece in pieces if isinstance(piece, (Span, Excerpt)))
+    yield from markers.replaced(str(text))
+
+
+class _Markers:
+    """What stands for text from outside while a chat template renders."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._control = _control_tokens(tokenizer).pattern
+        self._nonce = secrets.token_hex(4)
+        self._fills: dict[str, list[Part | Span]] = {}
+        self._required: set[str] = set()
+
+    def of(self, pieces: list[Part | Span], *, required: bool = True) -> str:
+        """A marker for these pieces, which a chat template may leave out only if they are not required."""
+        name = f"Filler{self._nonce}N{len(self._fills)}E"
+        self._fills[name] = pieces
+        if required and pieces:
+            self._required.add(name)
+        return name
+
+    def of_label(self, text: str) -> str:
+        """A name or an id as it is, or the marker of one that could act as markup."""
+        return text if _HARMLESS.fullmatch(text) else self.of([_json_content(text)], required=False)
+
+    def in_arguments(self, value: object) -> object:
+        """Arguments with markers for their strings, which are written as JSON strings without their quotes."""
+        if isinstance(value, str):
+            return self.of([_json_content(value)]) if value else value
+        if isinstance(value, Mapping):
+            return {self.of_label(str(name)): self.in_arguments(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.in_arguments(inner) for inner in value]
+        return value
+
+    def in_schema(self, value: object) -> Any:
+        """A schema with markers for the strings that spell control tokens."""
+        if isinstance(value, str):
+            spells = self._control.search(value) or _LONE_SURROGATE.search(value)
+            return self.of([_json_content(value)], required=False) if spells else value
+        if isinstance(value, Mapping):
+            return {self.in_schema(name): self.in_schema(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.in_schema(inner) for inner in value]
+        return value
+
+    def replaced(self, text: str) -> Iterator[Part | Span]:
+        """What was rendered, with what the markers stand for.
+
+        Raises:
+            PromptError: What is required was left out.
+        """
+        shown = re.split(rf"(Filler{self._nonce}N\d+E)", text)
+        for name in sorted(self._required.difference(shown)):
+            said = "".join(piece.text for piece in self._fills[name] if isinstance(piece, (Span, Excerpt)))
             raise PromptError(
                 f"the model's chat template leaves out {said[:60]!r}; use a model whose template shows it"
             )
-    for piece in shown:
-        if piece in fills:
-            yield from fills[piece]
-        elif piece:
-            yield markup(piece)
+        for piece in shown:
+            if piece in self._fills:
+                yield from self._fills[piece]
+            elif piece:
+                yield markup(piece)
 
 
-def _row(message: Message, marker: _Marker) -> dict[str, object]:
+def _row(message: Message, markers: _Markers) -> dict[str, object]:
     """One message as chat templates take it."""
-    row: dict[str, object] = {"role": message.role, "content": marker(trimmed(message.parts)) if message.parts else ""}
+    row: dict[str, object] = {
+        "role": message.role,
+        "content": markers.of(trimmed(message.parts)) if message.parts else "",
+    }
     if message.tool_calls:
         row["tool_calls"] = [
             {
                 "type": "function",
-                "id": call.id,
-                "function": {"name": call.name, "arguments": _marked_arguments(dict(call.arguments), marker)},
+                "id": markers.of_label(call.id),
+                "function": {
+                    "name": markers.of_label(call.name),
+                    "arguments": markers.in_arguments(call.arguments),
+                },
             }
             for call in message.tool_calls
         ]
     if message.role == "tool":
-        row |= {"tool_call_id": message.tool_call_id, "name": message.name}
+        row |= {"tool_call_id": markers.of_label(message.tool_call_id), "name": markers.of_label(message.name)}
     return row
 
 
-def _marked_arguments(value: object, marker: _Marker) -> object:
-    """Arguments with markers for their strings, which are written as JSON strings without their quotes."""
-    if isinstance(value, str):
-        return marker([content(json.dumps(value, ensure_ascii=False)[1:-1])]) if value else value
-    if isinstance(value, Mapping):
-        return {name: _marked_arguments(inner, marker) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_marked_arguments(inner, marker) for inner in value]
-    return value
+def _json_content(text: str) -> Span:
+    """A string as it stands between the quotes of JSON; a lone surrogate, which cannot be encoded, as its escape."""
+    written = json.dumps(text, ensure_ascii=False)[1:-1]
+    return content(_LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", written))
 
 
 def trimmed(parts: Sequence[Part], *, strip: bool = False) -> list[Part | Span]:
@@ -167,5 +212,6 @@ def _calls(source: str) -> list[ToolCall]:
         arguments = item.get("arguments", item.get("parameters")) if isinstance(item, dict) else None
         if not isinstance(arguments, dict) or not isinstance(item.get("name"), str):
             return []
-        calls.append(ToolCall(item["name"], arguments, id=f"call_{secrets.token_hex(8)}"))
+        # Mistral's chat templates take nine letters and digits, and nothing else.
+        calls.append(ToolCall(item["name"], arguments, id=secrets.token_hex(5)[:9]))
     return calls
