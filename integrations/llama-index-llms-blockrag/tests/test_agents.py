@@ -12,10 +12,12 @@ from conftest import Ear
 from llama_index.core.agent.workflow import AgentStream, FunctionAgent, ToolCallResult
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ToolCallBlock
 from llama_index.core.llms import TextBlock
+from llama_index.core.prompts import ChatPromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.blockrag import BlockCacheEvent, BlockRAGLLM, PassageBlock
 from llama_index.llms.blockrag.messages import prepare
 from llama_index.llms.blockrag.tool_calls import shown_of, split_calls
+from pydantic import create_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -157,6 +159,21 @@ def test_tools_are_offered_and_called(llm: BlockRAGLLM) -> None:
     said = llm.predict_and_call([TOOL], user_msg=ASKING[1], chat_history=ASKING[:1])
     assert FOUND == ["Bhutan"]
     assert PASSAGES[0] in str(said)
+
+
+async def test_structured_answers_come_through_a_tool(llm: BlockRAGLLM) -> None:
+    # The model was taught the tool of this name, description and fields.
+    schema = create_model("search", __doc__=TOOL.metadata.description, query=(str, ...))
+    prompt = ChatPromptTemplate(message_templates=ASKING)
+    assert llm.structured_predict(schema, prompt).query == "Bhutan"
+    assert (await llm.astructured_predict(schema, prompt)).query == "Bhutan"
+    assert llm.as_structured_llm(schema).chat(ASKING).raw.query == "Bhutan"
+
+
+def test_what_the_model_calls_is_its_own_choice(llm: BlockRAGLLM) -> None:
+    assert llm.chat_with_tools([TOOL], chat_history=ASKING, tool_choice="auto", tool_required=True).message.blocks
+    with pytest.raises(ValueError, match="tool_choice='search' cannot be forced on this model; leave it out"):
+        llm.chat_with_tools([TOOL], chat_history=ASKING, tool_choice="search")
 
 
 async def test_streaming_with_tools_shows_no_calls(llm: BlockRAGLLM) -> None:

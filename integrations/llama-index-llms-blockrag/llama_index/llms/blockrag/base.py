@@ -45,6 +45,7 @@ from llama_index.llms.blockrag.tool_calls import arguments_of, shown_of, split_c
 from llama_index_instrumentation import get_dispatcher
 
 from blockrag.codec import Precision
+from blockrag.errors import InputError
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.shared import register_model, shared_model
 from blockrag.model.stream import ResultStream
@@ -268,9 +269,19 @@ class BlockRAGLLM(FunctionCallingLLM):
         verbose: bool = False,
         allow_parallel_tool_calls: bool = False,
         tool_required: bool = False,
+        tool_choice: str | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of `chat` for tools. That a tool must be called can be asked of the model, not forced."""
+        """The arguments of `chat` for tools. That a tool must be called can be asked of the model, not forced.
+
+        Raises:
+            ValueError: A choice is made for the model.
+        """
+        if tool_choice not in (None, "auto"):
+            raise InputError(
+                f"tool_choice={tool_choice!r} cannot be forced on this model; leave it out, and offer only the tools "
+                "that it may call"
+            )
         messages = list(chat_history or [])
         if user_msg is not None:
             messages.append(
