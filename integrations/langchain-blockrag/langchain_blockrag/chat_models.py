@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, 
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from blockrag.errors import InputError
+from blockrag.errors import InputError, PromptError
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -64,7 +64,8 @@ class ChatBlockRAG(BaseChatModel):
         namespace: Blocks stored under one namespace are not found from another.
         prompt_form: "rag" shows passages in the form the model was block-fine-tuned on, with the form's own
             instruction; "chat" shows messages as they are, in the model's chat turns. "auto" is "rag" for
-            conversations with passages that end with a human message and call no tools, and "chat" for all others.
+            conversations with passages in which human and AI messages take turns, the human's first and last, without
+            tools, and "chat" for all others.
 
     Raises:
         ValueError: At a call: the model cannot be loaded or composed, a store is closed, an option is unknown or out
@@ -175,7 +176,12 @@ class ChatBlockRAG(BaseChatModel):
         with langchain_errors():
             if not messages:
                 return 0
-            prompt = self._prompt(self.block_model(), core_messages(messages), self.prompt_form, self.attention)
+            model, shown = self.block_model(), core_messages(messages)
+            try:
+                prompt = self._prompt(model, shown, self.prompt_form, self.attention)
+            except PromptError:
+                # Whoever trims a conversation counts parts of it, which the RAG form alone cannot show.
+                prompt = self._prompt(model, shown, "chat", self.attention)
             return prompt.num_tokens
 
     def _generate(
@@ -304,13 +310,21 @@ class ChatBlockRAG(BaseChatModel):
         if form not in ("auto", "chat", "rag"):
             raise InputError(f'prompt_form={form!r} is not one of "auto", "chat", "rag"')
         if form == "auto":
-            asks = messages[-1].role == "user" and any(message.passages for message in messages)
-            calls = any(message.role == "tool" or message.tool_calls for message in messages)
-            form = "rag" if asks and not calls else "chat"
+            form = "rag" if any(message.passages for message in messages) and _alternates(messages) else "chat"
         if form == "rag":
             return segment_rag(model.template, model.tokenizer, messages)
         # In full attention the prompt is tokenized as one string, exactly as if nobody had known of passages.
         return segment_chat(model.template, model.tokenizer, messages, whole=attention == "full")
+
+
+def _alternates(messages: Sequence[Message]) -> bool:
+    """Whether questions and answers take turns and the last is a question, as the RAG form has them."""
+    roles = [message.role for message in messages if message.role != "system"]
+    answers_follow = all(
+        before == "user" for before, role in zip(["", *roles], roles, strict=False) if role == "assistant"
+    )
+    calls = any(message.role == "tool" or message.tool_calls for message in messages)
+    return messages[-1].role == "user" and answers_follow and not calls
 
 
 class _Said:

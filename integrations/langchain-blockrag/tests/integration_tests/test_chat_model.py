@@ -138,6 +138,8 @@ def test_automatic_form(llm: ChatBlockRAG, documents: list[Document]) -> None:
     assert prompt(llm, plain).token_ids == prompt(llm, plain, prompt_form="chat").token_ids
     answered = [asked, AIMessage("Thimphu")]
     assert prompt(llm, answered).token_ids == prompt(llm, answered, prompt_form="chat").token_ids
+    greeted = [SystemMessage("Be brief."), AIMessage("Hello! How can I help?"), asked]
+    assert prompt(llm, greeted).token_ids == prompt(llm, greeted, prompt_form="chat").token_ids
 
 
 def test_stop_and_length(llm: ChatBlockRAG, documents: list[Document]) -> None:
@@ -216,6 +218,19 @@ def test_conversations_are_trimmed_by_its_count(llm: ChatBlockRAG, documents: li
     assert trim_messages(history, max_tokens=most, token_counter=llm, start_on="human") == history[2:]
 
 
+@pytest.mark.parametrize("form", ["auto", "rag"])
+@pytest.mark.parametrize("strategy", ["first", "last"])
+def test_any_part_of_a_conversation_can_be_counted(
+    llm: ChatBlockRAG, documents: list[Document], form: str, strategy: str
+) -> None:
+    llm = llm.model_copy(update={"prompt_form": form})
+    greeted = [SystemMessage("Be brief."), AIMessage("Hello!"), documents_to_blocks(documents, QUESTION)]
+    history = [*greeted, AIMessage("Thimphu"), HumanMessage("And of Peru?")]
+    for most in range(0, 160, 16):
+        kept = trim_messages(history, max_tokens=most, token_counter=llm, strategy=strategy, allow_partial=True)
+        assert llm.get_num_tokens_from_messages(kept) <= most
+
+
 def test_equal_configurations_share_one_model(documents: list[Document]) -> None:
     one, other = ChatBlockRAG(store_url="memory://?max_bytes=7MB"), ChatBlockRAG(store_url="memory://?max_bytes=7MB")
     assert one.block_model() is other.block_model()
@@ -247,6 +262,7 @@ def refusals() -> list[Any]:
         pytest.param(asked, {"attention": "half"}, "attention='half'", id="unknown attention"),
         pytest.param(asked, {"documents": [], "blocks": []}, "two names", id="documents twice"),
         pytest.param(asked, {"documents": "text"}, "must be a list", id="documents as text"),
+        pytest.param([], {}, "at least one message", id="no messages"),
         pytest.param([SystemMessage("x")], {"documents": ["text"]}, "human message", id="nobody asks"),
         pytest.param([HumanMessage([{"type": "image", "url": "x"}])], {}, "'image'", id="image"),
         pytest.param([*asked, call, ToolMessage("x", tool_call_id="1"), *asked], {}, "shows no tools", id="tools"),
