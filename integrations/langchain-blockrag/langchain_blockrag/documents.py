@@ -18,7 +18,7 @@ from typing import Any
 from blockrag.errors import InputError
 from blockrag.passage import Passage
 from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
 from langchain_core.runnables import Runnable, RunnableConfig
 
 __all__ = ["MARK", "DocumentsToBlocks", "document_of", "documents_to_blocks", "passage_of", "passage_parts", "shown"]
@@ -107,10 +107,11 @@ class DocumentsToBlocks(Runnable[Mapping[str, Any], list[BaseMessage]]):
     def invoke(
         self, input: Mapping[str, Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> list[BaseMessage]:
-        """In a chain: the message as the list that chat models take.
+        """In a chain: the messages that chat models take.
 
         Args:
-            input: The documents as `context` and the question as `question`, or as `input`.
+            input: The documents as `context`, the question as `question` or `input`, and what was said before, if
+                anything, as `chat_history`: messages, which come first.
             config: Callbacks and the like.
             **kwargs: None are known.
 
@@ -123,7 +124,11 @@ class DocumentsToBlocks(Runnable[Mapping[str, Any], list[BaseMessage]]):
         if not isinstance(given, Mapping) or "context" not in given or not {"question", "input"} & given.keys():
             keys = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
             raise InputError(f"documents_to_blocks needs a mapping with context and question, got {keys}")
-        return [self(given["context"], given["question"] if "question" in given else given["input"])]
+        history = given.get("chat_history") or []
+        if isinstance(history, str) or not isinstance(history, Sequence):
+            raise InputError(f"chat_history must be a list of messages, got {type(history).__name__} {history!r:.60}")
+        asked = self(given["context"], given["question"] if "question" in given else given["input"])
+        return [*convert_to_messages(history), asked]
 
 
 documents_to_blocks = DocumentsToBlocks()

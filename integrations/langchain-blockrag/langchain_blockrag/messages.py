@@ -67,14 +67,15 @@ def _parts(message: BaseMessage) -> Iterator[Part]:
         if isinstance(part, str):
             yield part
             continue
-        kind, text, extras = part.get("type"), part.get("text"), part.get("extras") or {}
+        kind, text, extras = part.get("type"), part.get("text"), part.get("extras")
         if isinstance(message, AIMessage) and kind in _UNSAID:
             continue
         if kind not in ("text", "text-plain"):
             raise InputError(f"a {message.type} message holds a part of type {kind!r}; this model reads text only")
         if not isinstance(text, str):
             raise InputError(f"a {kind!r} part of a {message.type} message has the text {text!r:.60}; pass a string")
-        facts = extras.get(MARK)
+        # Extras are anybody's: what is no mapping cannot be ours.
+        facts = extras.get(MARK) if isinstance(extras, Mapping) else None
         if facts is not None and not isinstance(facts, Mapping):
             raise InputError(f'extras["{MARK}"] of a text part is {facts!r:.60}; pass a mapping with id and title')
         if kind == "text-plain":

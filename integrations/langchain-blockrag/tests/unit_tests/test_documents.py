@@ -94,6 +94,16 @@ def test_it_stands_in_a_chain_where_the_prompt_did() -> None:
     assert documents_to_blocks.invoke({"context": [], "input": QUESTION}) == [documents_to_blocks([], QUESTION)]
 
 
+def test_a_chat_history_comes_first() -> None:
+    given = {"context": [BHUTAN], "input": QUESTION, "chat_history": [("human", "Hi"), AIMessage("Hello")]}
+    assert documents_to_blocks.invoke(given) == [
+        HumanMessage("Hi"),
+        AIMessage("Hello"),
+        documents_to_blocks([BHUTAN], QUESTION),
+    ]
+    assert documents_to_blocks.invoke({**given, "chat_history": []}) == [documents_to_blocks([BHUTAN], QUESTION)]
+
+
 def test_it_fits_into_a_prompt_template() -> None:
     template = ChatPromptTemplate([("system", "Be brief."), MessagesPlaceholder("asked")])
     messages = template.invoke({"asked": documents_to_blocks.invoke({"context": [BHUTAN], "question": QUESTION})})
@@ -107,6 +117,12 @@ def test_plain_text_blocks_are_passages() -> None:
     (read,) = excerpts(HumanMessage(content=[block, {"type": "text", "text": QUESTION}]))
     assert (read.passage.title, read.passage.text) == ("Bhutan", "The capital is Thimphu.")
     assert read.text == "Bhutan\nThe capital is Thimphu.\n\n"
+
+
+def test_extras_of_others_are_left_alone() -> None:
+    for extras in ({"signature": "x"}, ["x"], "x", None):
+        (read,) = core_messages([HumanMessage([{"type": "text", "text": QUESTION, "extras": extras}])])
+        assert read.parts == (QUESTION,)
 
 
 def test_all_kinds_of_messages_are_read() -> None:
@@ -147,6 +163,7 @@ def test_documents_go_with_the_last_human_message() -> None:
         (lambda: documents_to_blocks([], None), "question must be a string, got NoneType"),
         (lambda: documents_to_blocks.invoke({"context": []}), r"got \['context'\]"),
         (lambda: documents_to_blocks.invoke(QUESTION), "got str"),
+        (lambda: documents_to_blocks.invoke({"context": [], "input": "", "chat_history": "Human: Hi"}), "got str 'Hum"),
         (lambda: documents_to_blocks(["\ud800"], QUESTION), "lone surrogate"),
         (lambda: with_documents([SystemMessage("x")], [BHUTAN]), r"got \['system'\]"),
     ],
