@@ -1,8 +1,8 @@
 """`BlockKVByteStore`: a block store as a LangChain key-value store of bytes.
 
 A block store knows keys of one form only, 64 hexadecimal digits. Such a key means the block of that name, and its
-value is the encoded block, byte for byte. Any other key is hashed, and kept in front of its value so that it can be
-listed again:
+value is the encoded block, byte for byte. Any other key (and one that begins like those made here) is hashed, and kept
+in front of its value so that it can be listed again:
 
     store key   "blockrag" in hexadecimal, then the first 48 digits of SHA-256 of the key
     value       length of the key's UTF-8 in 4 bytes, big endian; the key; the bytes
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["BlockKVByteStore"]
 
 _NAMED = b"blockrag".hex()
-_BLOCK_KEY = re.compile(r"[0-9a-f]{64}")
+# A key that looks like one we made is hashed like any other: its value would be read as ours.
+_BLOCK_KEY = re.compile(rf"(?!{_NAMED})[0-9a-f]{{64}}")
 _LENGTH_BYTES = 4
 
 

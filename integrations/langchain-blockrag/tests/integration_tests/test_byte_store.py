@@ -21,7 +21,9 @@ def pairs(store: BlockKVByteStore, keys: list[str]) -> list[tuple[str, bytes]]:
     return [(key, value) for key, value in zip(keys, store.mget(keys), strict=True) if value is not None]
 
 
-@pytest.mark.parametrize("key", ["", "a", "a/b c.bin", "ключ", "\ud800", "x" * 5000, "a" * 63, "A" * 64])
+@pytest.mark.parametrize(
+    "key", ["", "a", "a/b c.bin", "ключ", "\ud800", "x" * 5000, "a" * 63, "A" * 64, b"blockrag".hex() + "0" * 48]
+)
 def test_any_string_is_a_key(tmp_path: Path, key: str) -> None:
     store = BlockKVByteStore(f"disk://{tmp_path}/kv")
     store.mset([(key, b"value"), ("other", b"")])
