@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -55,3 +56,11 @@ def test_settings_of_remote_models_are_accepted_and_typing_errors_are_not() -> N
         ChatBlockRAG(max_token=3)
     with pytest.raises(ValidationError, match="encodr"):
         BlockRAGEmbeddings(encodr="lexical")
+
+
+@pytest.mark.parametrize("text", [None, 7, {"question": "Why?"}])
+def test_what_cannot_be_embedded_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match=f"must be a string, got {type(text).__name__}"):
+        BlockRAGEmbeddings().embed_query(text)
+    with pytest.raises(ValueError, match=f"must be a string, got {type(text).__name__}"):
+        BlockRAGEmbeddings().embed_documents(["text", text])
