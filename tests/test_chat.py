@@ -157,6 +157,22 @@ def test_what_will_not_come_again_is_not_stored() -> None:
     assert segment_chat(template, tokenizer, stock(ADA), question=QUESTION).blocks[0].local
 
 
+def test_a_question_between_passages_sees_those_before_it() -> None:
+    tokenizer = chatml_tokenizer()
+    template = template_for(tokenizer)
+    message = [Message("user", (excerpt(ADA), f"\n{QUESTION}\n", excerpt(SEA), "\nAnd this?"))]
+    assert [block.local for block in segment_chat(template, tokenizer, message).blocks] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+    asked = segment_chat(template, tokenizer, message, question=f"{QUESTION}\n")
+    assert [block.local for block in asked.blocks] == [True, True, False, True, False]
+    assert [block.kind for block in asked.blocks] == ["prefix", "passage", "turn", "passage", "query"]
+
+
 def test_a_prompt_that_ends_with_a_passage_ends_with_its_query_block() -> None:
     tokenizer = plain_tokenizer()
     bare = PromptTemplate(name="bare", version=1, prefix="", query="{question}")
@@ -248,6 +264,13 @@ def test_what_is_not_there_whole_is_not_cut_out() -> None:
     assert cut_excerpts("seaside and undersea", [excerpt(short)]) == ("seaside and undersea",)
     assert cut_excerpts("the sea is", [excerpt(short)], question="what is the sea?") == ("the sea is",)
     assert cut_excerpts("a  b", [Excerpt("  ", short)]) == ("a  b",)
+    known = [excerpt(short)]
+    assert cut_excerpts("say sea:\nsea\nis sea", known, pasted=["\nsea\n is", "sea\nis"]) == (
+        "say sea:\n",
+        excerpt(short),
+        "\nis sea",
+    )
+    assert cut_excerpts("say sea", known, pasted=["sea and sand"]) == ("say sea",)
     # The longest of those that begin together, and every place.
     long = Passage(id="l", text="sea of sand")
     parts = cut_excerpts("sea of sand\nsea\nsea of sand", [excerpt(short), excerpt(long)])

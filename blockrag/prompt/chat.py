@@ -62,7 +62,8 @@ def segment_chat(
         messages: At least one.
         tools: JSON schemas of functions the model may call, in the form of the OpenAI API; with them, or with tool
             calls in the messages, the tokenizer's own chat template renders the prompt.
-        question: What is asked, where it is known: text that holds it is not worth storing, and stays a global block.
+        question: What is asked, where it is known: text that holds it is not worth storing and must see the passages
+            before it, and therefore is a global block.
         whole: Do not cut: one global block, tokenized as one string, as for full attention.
 
     Raises:
@@ -77,7 +78,7 @@ def segment_chat(
     if whole or all(isinstance(piece, Span) for piece in pieces):
         spans = tuple(span for piece in pieces for span in _spans(template, piece))
         return _encoded(template, tokenizer, [Draft(groups=(spans,), local=False, kind="query")])
-    first, *drafts = _cut(template, pieces)
+    first, *drafts = _cut(template, pieces, question)
     if first.kind == "prefix":
         passing = _is_passing(messages, first, question)
         first = replace(template._open(tokenizer, first), local=not passing, kind="turn" if passing else "prefix")
@@ -161,7 +162,7 @@ def _turns_of(messages: Sequence[Message]) -> Iterator[tuple[str, list[Part]]]:
             yield role, parts
 
 
-def _cut(template: PromptTemplate, pieces: Sequence[Part | Span]) -> list[Draft]:
+def _cut(template: PromptTemplate, pieces: Sequence[Part | Span], question: str) -> list[Draft]:
     """Runs of spans, and the passages between them, as drafts; the last one is the query's."""
     drafts: list[Draft] = []
     for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, Span)):
@@ -170,8 +171,8 @@ def _cut(template: PromptTemplate, pieces: Sequence[Part | Span]) -> list[Draft]
             continue
         spans = tuple(span for piece in run for span in _spans(template, piece) if span.text)
         if spans:
-            # Markup between two passages means that they belong to two messages.
-            local = not drafts or not any(span.is_markup for span in spans)
+            # Markup between two passages means that they belong to two messages; a question must see those before it.
+            local = not drafts or not (any(span.is_markup for span in spans) or _holds(spans, question))
             kind: BlockKind = "turn" if not local else "separator" if drafts else "prefix"
             drafts.append(Draft(groups=(spans,), local=local, kind=kind))
     return [*drafts[:-1], replace(drafts[-1], local=False, kind="query")]
@@ -184,7 +185,12 @@ def _is_passing(messages: Sequence[Message], opening: Draft, question: str) -> b
             return True
         if message.passages:
             break
-    return bool(question) and question in opening.text
+    return _holds(opening.groups[0], question)
+
+
+def _holds(spans: Sequence[Span], question: str) -> bool:
+    asked = question.strip()
+    return bool(asked) and asked in "".join(span.text for span in spans)
 
 
 def _spans(template: PromptTemplate, piece: Part | Span) -> tuple[Span, ...]:

@@ -2,7 +2,8 @@
 
 Some frameworks hand a language model one flat string although the passages in it were known a moment before. Where
 they still are (a framework's own events name them), this puts the structure back. It never guesses: a passage counts
-only where its whole text stands, between white space, and outside of what the question itself says.
+only where its whole text stands, between white space, outside of what the question itself says and, where it is known
+what was pasted, inside of that: a passage that says no more than "Answer:" is also a word of most templates.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from blockrag.prompt.message import Excerpt, Part
 __all__ = ["cut_excerpts"]
 
 
-def cut_excerpts(text: str, excerpts: Sequence[Excerpt], *, question: str = "") -> tuple[Part, ...]:
+def cut_excerpts(
+    text: str, excerpts: Sequence[Excerpt], *, question: str = "", pasted: Sequence[str] = ()
+) -> tuple[Part, ...]:
     """Cut a text at the passages it contains.
 
     Args:
         text: The text passages were pasted into.
         excerpts: The passages that may be in it; each is looked for without the white space at its ends.
         question: A passage whose whole text the question says as well is left alone: the two cannot be told apart.
+        pasted: Strings, each with one or more passages in it, that were pasted into the text; only where one of them
+            stands, without the white space at its ends, are passages looked for. Empty: everywhere.
 
     Returns:
         The parts, whose texts joined are `text`; the longest passage wins where several begin, and every place counts.
@@ -35,10 +40,19 @@ def cut_excerpts(text: str, excerpts: Sequence[Excerpt], *, question: str = "") 
         return (text,) if text else ()
     longest_first = sorted(known, key=len, reverse=True)
     pattern = re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, longest_first))})(?!\S)")
+    places = _places(text, pasted) if pasted else [(0, len(text))]
     parts: list[Part] = []
     end = 0
     for match in pattern.finditer(text):
+        if not any(start <= match.start() and match.end() <= stop for start, stop in places):
+            continue
         parts += [text[end : match.start()], known[match[0]]]
         end = match.end()
     parts.append(text[end:])
     return tuple(part for part in parts if part != "")
+
+
+def _places(text: str, pasted: Sequence[str]) -> list[tuple[int, int]]:
+    """Where in the text the strings stand, as ranges of characters."""
+    strings = filter(None, map(str.strip, pasted))
+    return [match.span() for string in strings for match in re.finditer(re.escape(string), text)]

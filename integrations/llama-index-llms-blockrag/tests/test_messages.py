@@ -164,6 +164,40 @@ def test_what_the_rag_form_cannot_say_keeps_the_chat_form(model: BlockModel) -> 
     assert prepare(model, flat(), tracked=refining, form="rag").prompt == prepare(model, flat(), tracked=TRACKED).prompt
 
 
+def test_a_part_of_a_passage_is_not_lost_in_the_rag_form(model: BlockModel) -> None:
+    split = TextNode(id_="split", text="Thimphu lies in a valley, and a river runs through it to the south.")
+    tracked = Tracked(QUESTION, (TRACKED.excerpts[0], excerpt_of(split)))
+    text = f"{SHOWN[0]}\n\n{split.text[:-12]}"
+    messages = TEMPLATE.format_messages(context_str=text, query_str=QUESTION)
+    prepared = prepare(model, messages, tracked=tracked, form="rag")
+    assert (prepared.found, prepared.missing) == (1, 1)
+    assert text in prepared.prompt.text
+
+
+def test_passages_that_begin_alike_are_not_missed_where_another_is_shown(model: BlockModel) -> None:
+    alike = [TextNode(id_=name, text=f"From the records of the river authority, page {name}.") for name in "ab"]
+    tracked = Tracked(QUESTION, tuple(map(excerpt_of, alike)))
+    messages = TEMPLATE.format_messages(context_str=alike[0].text, query_str=QUESTION)
+    prepared = prepare(model, messages, tracked=tracked, form="rag")
+    assert (prepared.found, prepared.missing) == (1, 0)
+    assert prepared.prompt.blocks[-1].text.startswith("Question:")
+
+
+def test_conversations_the_assistant_opens_keep_the_chat_form(model: BlockModel) -> None:
+    hello, asked = ChatMessage(role="assistant", content="Hello!"), user(PassageBlock(text="p"), TextBlock(text="q?"))
+    for messages in ([hello, *asked], [*asked, hello, hello, *user(TextBlock(text="r?"))], [*asked, hello]):
+        assert prepare(model, messages, form="rag").prompt == prepare(model, messages).prompt
+    assert prepare(model, [*asked, hello, *asked], form="rag").prompt != prepare(model, [*asked, hello, *asked]).prompt
+
+
+@pytest.mark.parametrize("empty", [PassageBlock(text=" \n"), CitableBlock(title="t", source="s", content=" ")])
+def test_white_space_is_no_passage(model: BlockModel, empty: object) -> None:
+    blocks = [PassageBlock(text="p"), empty, TextBlock(text="q?")]
+    assert prepare(model, user(*blocks)).found == 1
+    rag = prepare(model, user(*blocks), form="rag").prompt
+    assert rag == prepare(model, user(blocks[0], blocks[-1]), form="rag").prompt
+
+
 # -- what became of the passages --------------------------------------------------------------------------------------
 
 
@@ -179,6 +213,21 @@ def test_passages_that_do_not_stand_whole_are_counted_with_the_reason(model: Blo
     prepared = prepare(model, user(TextBlock(text=text)), tracked=tracked)
     assert (prepared.found, prepared.missing, prepared.in_question) == (1, 1, 1)
     assert [block.source for block in prepared.prompt.local_blocks] == ["", "n"]
+
+
+def test_passages_are_looked_for_where_they_were_pasted(model: BlockModel) -> None:
+    label = excerpt_of(TextNode(id_="label", text="Answer:"))
+    context = f"{SHOWN[0]}\n\nAnswer:"
+    messages = TEMPLATE.format_messages(context_str=context, query_str=QUESTION)
+    everywhere = Tracked(QUESTION, (label, *TRACKED.excerpts))
+    there = Tracked(QUESTION, everywhere.excerpts, pasted=(context,))
+    for tracked, labels in ((everywhere, 2), (there, 1), (Tracked(QUESTION, there.excerpts, pasted=("no",)), 2)):
+        prepared = prepare(model, messages, tracked=tracked)
+        assert prepared.prompt.text == prepare(model, messages).prompt.text
+        assert sum(block.source == "label" for block in prepared.prompt.blocks) == labels
+        # Wherever the passages are, the question sees them.
+        assert all(not block.local for block in prepared.prompt.blocks if QUESTION in block.text)
+    assert QUESTION in prepare(model, messages, tracked=there).prompt.blocks[-1].text
 
 
 def test_what_assistants_and_tools_said_is_not_cut(model: BlockModel) -> None:

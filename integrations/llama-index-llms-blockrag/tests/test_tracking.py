@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import llama_index.core.instrumentation as instrument
 import pytest
@@ -13,8 +14,11 @@ from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
+from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.llms.blockrag import BlockCacheEvent, BlockRAGLLM, tracking
 from llama_index.llms.blockrag.tracking import PassageSpanHandler, track_passages
+
+from blockrag.prompt import SegmentedPrompt
 
 MakeLLM = Callable[..., BlockRAGLLM]
 
@@ -161,6 +165,28 @@ def test_a_question_that_quotes_a_passage_is_prefilled_plainly(llm: BlockRAGLLM,
     (call,) = ear.of(BlockCacheEvent)
     assert (call.passages_found, call.passages_missed) == (2, 1)
     assert llm.tracking_counts == {"found": 2, "missing": 0, "in_question": 1, "no_passages": 0}
+
+
+@pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "accumulate"])
+def test_passages_that_are_words_of_the_template_cut_nothing_else(mode: str, llm: BlockRAGLLM, shelf: Shelf) -> None:
+    labels = [NodeWithScore(node=TextNode(id_=text, text=text)) for text in ("Answer:", "and", "Query:")]
+    engine_of = RetrieverQueryEngine.from_args(Shelf([*shelf._hits[:1], *labels]), llm=llm, response_mode=mode)
+    prompts: list[SegmentedPrompt] = []
+    stream = llm.block_model.stream
+
+    def listening(prompt: SegmentedPrompt, *args: Any, **kwargs: Any) -> Any:
+        prompts.append(prompt)
+        return stream(prompt, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.block_model, "stream", listening)
+        engine_of.query(QUESTION)
+    assert all(not block.local for prompt in prompts for block in prompt.blocks if QUESTION in block.text)
+    if mode in ("compact", "tree_summarize"):
+        (prompt,) = prompts
+        assert sum(block.kind == "passage" for block in prompt.blocks) == 4
+        assert QUESTION in prompt.blocks[-1].text
+    assert llm.tracking_counts["missing"] == 0
 
 
 def test_no_passages_and_calls_without_retrieval(llm: BlockRAGLLM, ear: Ear) -> None:

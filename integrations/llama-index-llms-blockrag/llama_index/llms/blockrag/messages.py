@@ -1,7 +1,7 @@
 """LlamaIndex's chat messages to the blocks of a prompt.
 
 What is a passage: a `PassageBlock`, a `CitableBlock`, the text right before a `CachePoint`; and, in messages that have
-none of these, text in which a tracked passage stands. Everything else is text of the message.
+none of these, text in which a tracked passage stands. Everything else is text of the message, and so is white space.
 
 Neighboring blocks of a message are joined as `ChatMessage.content` joins them, by a line break; beside a passage only
 where no white space stands already. The prompt's text is therefore the text that stock synthesizers would show.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
@@ -88,7 +89,8 @@ def prepare(
         tools: JSON schemas of functions the model may call, in the form of the OpenAI API.
         tracked: What is known of passages in the text.
         form: "rag" shows the passages and the question in the form the model was block-fine-tuned on. Prompts without
-            passages, prompts that refine an answer and conversations with tools have only the chat form.
+            passages or with a part of one, prompts that refine an answer, conversations with tools and those in which
+            an answer has no question before it have only the chat form.
         whole: One global block, as for full attention; the RAG form keeps its blocks' tokens.
 
     Raises:
@@ -97,13 +99,15 @@ def prepare(
     asked = core_messages(messages)
     if tracked is not None and not any(message.passages for message in asked):
         shown = "".join(message.text for message in asked)
-        asked = [_cut(message, tracked) for message in asked]
-        found, missing, in_question = _sorted_out(asked, shown, tracked)
+        # A template may have changed what was pasted into it.
+        pasted = [text for text in tracked.pasted if text.strip() in shown]
+        asked = [_cut(message, tracked, pasted) for message in asked]
+        found, missing, in_question = _sorted_out(asked, tracked)
     else:
         found, missing, in_question = sum(len(message.passages) for message in asked), 0, 0
     question = "" if tracked is None else tracked.query
     template, tokenizer = model.template, model.tokenizer
-    if form == "rag" and found and not _is_beyond_rag(asked, tools, tracked):
+    if form == "rag" and found and not missing and not _is_beyond_rag(asked, tools, tracked):
         if question:
             # The framework wrote the messages around the passages; the RAG form brings its own instruction.
             asked = [message for message in asked if message.role != "system" or message.passages]
@@ -126,7 +130,7 @@ def _message(number: int, message: ChatMessage) -> Message:
     parts: list[Part] = []
     calls: list[ToolCall] = []
     for block in message.blocks:
-        if isinstance(block, PassageBlock):
+        if isinstance(block, PassageBlock) and block.text.strip():
             parts.append(block.excerpt())
         elif isinstance(block, TextBlock):
             parts.append(block.text)
@@ -150,7 +154,7 @@ def _message(number: int, message: ChatMessage) -> Message:
     )
 
 
-def _citable(number: int, block: CitableBlock) -> Excerpt:
+def _citable(number: int, block: CitableBlock) -> Part:
     texts: list[str] = []
     for inner in block.content:
         if not isinstance(inner, TextBlock):
@@ -160,6 +164,8 @@ def _citable(number: int, block: CitableBlock) -> Excerpt:
             )
         texts.append(inner.text)
     text = "\n".join(texts)
+    if not text.strip():
+        return text
     return Excerpt(text, Passage(id=block.source or "citable", text=text, title=block.title))
 
 
@@ -198,7 +204,7 @@ def _text(part: Part) -> str:
     return part if isinstance(part, str) else part.text
 
 
-def _cut(message: Message, tracked: Tracked) -> Message:
+def _cut(message: Message, tracked: Tracked, pasted: Sequence[str]) -> Message:
     """The message cut at tracked passages. What the model or a tool said is left alone, also where it quotes one."""
     if message.role not in ("system", "user"):
         return message
@@ -206,18 +212,23 @@ def _cut(message: Message, tracked: Tracked) -> Message:
         piece
         for part in message.parts
         for piece in (
-            cut_excerpts(part, tracked.excerpts, question=tracked.query) if isinstance(part, str) else (part,)
+            cut_excerpts(part, tracked.excerpts, question=tracked.query, pasted=pasted)
+            if isinstance(part, str)
+            else (part,)
         )
     ]
     return replace(message, parts=tuple(parts))
 
 
-def _sorted_out(messages: Sequence[Message], shown: str, tracked: Tracked) -> tuple[int, int, int]:
+def _sorted_out(messages: Sequence[Message], tracked: Tracked) -> tuple[int, int, int]:
     """How many tracked passages are blocks, are in the text but not whole, and are left alone for the question's sake.
 
     Those that are not in the prompt at all count nowhere: refining and accumulating show them one by one.
     """
     blocks = {part.text for message in messages for part in message.parts if isinstance(part, Excerpt)}
+    beside = "".join(message.text for message in messages)
+    if tracked.query:
+        beside = beside.replace(tracked.query, "")
     found = missing = in_question = 0
     for excerpt in tracked.excerpts:
         body, content = excerpt.text.strip(), excerpt.passage.text.strip()
@@ -225,12 +236,14 @@ def _sorted_out(messages: Sequence[Message], shown: str, tracked: Tracked) -> tu
             found += 1
         elif body and body in tracked.query:
             in_question += 1
-        elif content and (content[:_TELLING_CHARACTERS] in shown or content[-_TELLING_CHARACTERS:] in shown):
+        elif content and (content[:_TELLING_CHARACTERS] in beside or content[-_TELLING_CHARACTERS:] in beside):
             missing += 1
     return found, missing, in_question
 
 
 def _is_beyond_rag(messages: Sequence[Message], tools: Sequence[object], tracked: Tracked | None) -> bool:
-    """Whether the prompt says more than passages and questions."""
+    """Whether the prompt says more than passages, questions and their answers."""
     with_tools = bool(tools) or any(message.role == "tool" or message.tool_calls for message in messages)
-    return with_tools or (tracked is not None and tracked.refines)
+    speakers = ["assistant", *(message.role for message in messages if message.role != "system")]
+    unasked = any(one == other == "assistant" for one, other in pairwise(speakers))
+    return with_tools or unasked or messages[-1].role != "user" or (tracked is not None and tracked.refines)

@@ -1,10 +1,11 @@
 """Tracking: which passages a stock response synthesizer is about to paste into a prompt.
 
 LlamaIndex joins the retrieved passages to one string before the language model is called. Its own instrumentation names
-them a moment earlier: the span of `BaseSynthesizer.synthesize` carries the nodes. A span handler puts them into a
-context variable for as long as that call lasts, streamed answers included, and `BlockRAGLLM` finds them again in the
-prompt's text. The handler changes no prompt, stores nothing beyond the span, and no other language model reads the
-variable. Context variables follow threads and tasks, so that concurrent requests never see each other's passages.
+them a moment earlier: the span of `BaseSynthesizer.synthesize` carries the nodes, and that of `LLM.predict` (or stream,
+apredict, ...) the string they were joined to. A span handler puts both into a context variable for as long as that call lasts,
+streamed answers included, and `BlockRAGLLM` finds the passages again in the prompt's text. The handler changes no
+prompt, stores nothing beyond the span, and no other language model reads the variable. Context variables follow threads
+and tasks, so that concurrent requests never see each other's passages.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Tracked:
 
     query: str
     excerpts: tuple[Excerpt, ...] = ()
+    pasted: tuple[str, ...] = ()
     refines: bool = False
     own: bool = False
 
@@ -52,6 +54,8 @@ class Tracked:
 _TRACKED: ContextVar[Tracked | None] = ContextVar("blockrag_tracked", default=None)
 _SWITCH: ContextVar[bool | None] = ContextVar("blockrag_track_passages", default=None)
 _LOCK = threading.Lock()
+# How templates of synthesizers and chat engines name the passages, and the answer that is to be refined.
+_PASTED, _REFINED = ("context_str", "context_msg"), "existing_answer"
 
 
 def current(enabled: bool) -> Tracked | None:
@@ -133,7 +137,7 @@ class _PassageSpan(BaseSpan):
 
 
 class PassageSpanHandler(BaseSpanHandler[_PassageSpan]):
-    """Keeps the context variable in step with the spans of response synthesizers and of prompts that refine."""
+    """Keeps the context variable in step with the spans of response synthesizers and of the prompts they make."""
 
     @classmethod
     def class_name(cls) -> str:
@@ -199,9 +203,9 @@ def _told(instance: object, arguments: Mapping[str, Any], before: Tracked | None
     prompt = arguments.get("prompt")
     if before is None or not isinstance(instance, BaseLLM) or not isinstance(prompt, BasePromptTemplate):
         return None
-    # Refine templates of synthesizers and chat engines have no other name for it.
-    refines = "existing_answer" in {**prompt.kwargs, **arguments.get("prompt_args", {})}
-    return replace(before, refines=True) if refines else None
+    values = {**prompt.kwargs, **arguments.get("prompt_args", {})}
+    pasted = tuple(values[name] for name in _PASTED if isinstance(values.get(name), str))
+    return replace(before, pasted=pasted, refines=_REFINED in values)
 
 
 def _within(tracked: Tracked, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
