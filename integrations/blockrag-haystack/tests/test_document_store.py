@@ -60,6 +60,20 @@ def test_retrieval_finds_the_nearest_and_never_one_without_an_embedding(store):
     assert [document.id for document in filtered] == ["c", "a"]
 
 
+def test_filters_can_ask_for_an_embedding(store):
+    store.write_documents(_documents())
+    with_one = {"field": "embedding", "operator": "!=", "value": None}
+    without = {"field": "embedding", "operator": "==", "value": None}
+    assert [document.id for document in store.filter_documents(without)] == ["d"]
+    assert [document.embedding for document in store.filter_documents(with_one)] == [
+        document.embedding for document in _documents()[:3]
+    ]
+    assert len(store.embedding_retrieval([1.0, 0.0, 0.0], filters=with_one)) == 3
+    assert store.embedding_retrieval([1.0, 0.0, 0.0], filters=without) == []
+    assert store.delete_by_filter(without) == 1
+    assert store.count_documents() == 3
+
+
 def test_an_overwritten_document_is_found_by_its_new_embedding_only(store):
     store.write_documents(_documents())
     store.write_documents([Document(id="a", content="new", embedding=[0.0, 0.0, 1.0])], DuplicatePolicy.OVERWRITE)
@@ -87,6 +101,8 @@ def test_errors_are_haystacks_and_say_what_to_do(store, tmp_path):
         store.write_documents([Document(id="e", content="x", embedding=[1.0, 2.0])])
     with pytest.raises(ValueError, match="finite"):
         store.write_documents([Document(id="e", content="x", embedding=[1.0, 2.0, float("nan")])])
+    with pytest.raises(ValueError, match="finite"):
+        store.write_documents([Document(id="e", content="x", embedding=[1.0, 2.0, 1e39])])
     with pytest.raises(ValueError, match=r"'e'.*JSON"):
         store.write_documents([Document(id="e", content="x", meta={"callable": print})])
     with pytest.raises(ValueError, match="surrogate"):

@@ -432,7 +432,13 @@ def _check_filters(filters: dict[str, Any] | None) -> None:
 
 
 def _matches(filters: dict[str, Any] | None, passage: Passage) -> bool:
-    return not filters or document_matches_filter(filters, from_passage(passage, None))
+    if not filters:
+        return True
+    document = from_passage(passage, None)
+    if is_embedded(passage):
+        # Without its numbers, which are not here: filters may ask whether there is an embedding, not for one.
+        document = replace(document, embedding=[])
+    return document_matches_filter(filters, document)
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def to_passage(document: Document, dimension: int) -> tuple[Passage, NDArray[np.
                 f"document {document.id!r} has an embedding of {exact.size} numbers, this document store holds "
                 f"{dimension}; embed it with the store's embedder, or make the store with embedding_dim={exact.size}"
             )
-        vector = exact.astype(np.float32)
+        with np.errstate(over="ignore"):  # The index refuses what is not finite, and says so.
+            vector = exact.astype(np.float32)
         same = np.array_equal(vector.astype(np.float64), exact)
         record["embedding"] = _AS_VECTOR if same else base64.b64encode(exact.astype("<f8").tobytes()).decode()
     if document.content is None:
