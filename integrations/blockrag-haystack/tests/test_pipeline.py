@@ -1,6 +1,7 @@
 """Whole pipelines: index, ask, delete; in YAML, asynchronously, and after a restart."""
 
 import asyncio
+import copy
 import subprocess
 import sys
 
@@ -158,6 +159,9 @@ async def test_embedders():
     assert BlockRAGTextEmbedder.from_dict(text_embedder.to_dict()).encoder == "lexical:64"
     with pytest.raises(ValueError, match="text is a list"):
         text_embedder.run(["a", "b"])
+    with pytest.raises(ValueError, match="pass a list of Document"):
+        embedder.run("a")
+    assert copy.deepcopy(text_embedder).run("Nile") == text_embedder.run("Nile")
     with pytest.raises(ValueError, match="'x' has no text content"):
         embedder.run([Document(id="x")])
     with pytest.raises(ValueError, match="no-such-encoder"):
