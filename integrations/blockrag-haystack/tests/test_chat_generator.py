@@ -1,6 +1,8 @@
 """The generator on the demo model: answers, reuse, streaming, async, tools, serialisation, errors."""
 
 import asyncio
+import copy
+import pickle
 import threading
 from contextlib import contextmanager
 
@@ -90,6 +92,14 @@ def test_a_conversation_goes_on(generator):
     assert generator.run(messages, documents=BHUTAN)["replies"][0].text
     assert generator.run([], documents=BHUTAN) == {"replies": []}
     assert generator.run(QUESTION, documents=[])["replies"][0].meta["document_ids"] == []
+    greeted = [ChatMessage.from_assistant("Hello! How can I help?"), *QUESTION]
+    assert generator.run(greeted, documents=BHUTAN)["replies"][0].meta["document_ids"] == ["bt"]
+
+
+async def test_a_question_may_be_a_string(generator):
+    """As for the chat generators of Haystack 3."""
+    assert generator.run(QUESTION[0].text, documents=BHUTAN)["replies"][0].text == "Thimphu"
+    assert (await generator.run_async(QUESTION[0].text, documents=BHUTAN))["replies"][0].text == "Thimphu"
 
 
 def test_without_documents_it_is_a_chat_generator(generator):
@@ -254,6 +264,20 @@ async def test_a_callback_that_fails_frees_the_worker(generator, model_arguments
         assert forwards[0] < LONG["max_tokens"] / 2
 
 
+def test_a_callback_that_fails_frees_the_models_memory(generator):
+    def callback(_):
+        raise ConnectionError("the client is gone")
+
+    generator.run(QUESTION, documents=BHUTAN)
+    memory = generator._model.load().prompt_memory()
+    # The exception, as a debugger or a log handler keeps it, must not keep the answer.
+    with pytest.raises(ConnectionError) as kept:
+        generator.run(QUESTION, documents=BHUTAN, streaming_callback=callback)
+    assert kept.value.__traceback__ is not None
+    after = generator._model.load().prompt_memory()
+    assert (after.kept_bytes, after.spare_bytes) == (memory.kept_bytes, memory.spare_bytes)
+
+
 # -- configuration ----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +308,25 @@ def test_yaml(model_arguments):
     assert component.streaming_callback is print_streaming_chunk
     assert component.generation_kwargs == {"max_tokens": 3}
     assert component.to_dict()["init_parameters"].items() >= model_arguments.items()
+
+
+def test_copies_of_a_used_component_share_its_model(generator):
+    generator.run(QUESTION, documents=BHUTAN)
+    for again in (copy.deepcopy(generator), pickle.loads(pickle.dumps(generator))):  # noqa: S301 - our own bytes
+        assert again._model.load() is generator._model.load()
+        assert _cached(again.run(QUESTION, documents=BHUTAN)) > 0
+
+
+async def test_an_unusable_store_is_a_value_error(generator, tmp_path):
+    generator.warm_up()
+    generator._model.load().store.close()
+    with pytest.raises(ValueError, match="is closed"):
+        generator.run(QUESTION, documents=BHUTAN)
+    with pytest.raises(ValueError, match="is closed"):
+        await generator.run_async(QUESTION, documents=BHUTAN)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"'demo' cannot be used: cannot open the store"):
+        BlockRAGChatGenerator(store=f"disk://{tmp_path}/file/store").warm_up()
 
 
 def test_errors_say_what_to_do(generator):

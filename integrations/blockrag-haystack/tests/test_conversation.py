@@ -85,6 +85,9 @@ def test_the_form_chosen_by_auto(documents):
         chosen_form("auto", pasted, [*excerpts, document_excerpt(Document(content="new"))], with_tools=False) == "rag"
     )
     assert chosen_form("auto", question, excerpts, with_tools=True) == "chat"
+    greeting = to_messages([ChatMessage.from_system("Be brief."), ChatMessage.from_assistant("Hello!")])
+    assert chosen_form("auto", [*greeting, *question], excerpts, with_tools=False) == "chat"
+    assert chosen_form("auto", [*question, *greeting[1:], *question], excerpts, with_tools=False) == "rag"
     assert chosen_form("rag", pasted, excerpts, with_tools=False) == "rag"
     assert chosen_form("chat", question, excerpts, with_tools=False) == "chat"
 
@@ -127,6 +130,9 @@ def test_what_is_no_text_is_refused():
     image = ImageContent(base64_image="iVBORw0KGgo=", mime_type="image/png", validation=False)
     with pytest.raises(ValueError, match=r"user message holds a ImageContent.*remove it or describe it"):
         to_messages([ChatMessage.from_user(content_parts=["look", image])])
+    for odd in ([QUESTION], [Document(content="x")]):
+        with pytest.raises(ValueError, match="must be a list of ChatMessage, or a string; one is"):
+            to_messages(odd)
     with pytest.raises(ValueError, match="tool message holds a ImageContent"):
         to_messages([ChatMessage.from_tool([image], origin=ToolCall("camera", {}))])
     with pytest.raises(ValueError, match=r"'1' has no text content \(it holds image/png\)"):

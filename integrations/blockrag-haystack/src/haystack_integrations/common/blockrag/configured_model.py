@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from blockrag.errors import UnsupportedModelError
+from blockrag.errors import StoreError, UnsupportedModelError
 from blockrag.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ class ConfiguredModel:
         self._config = ModelConfig(**values)
         self._loaded: BlockModel | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A component that was used copies and pickles like a new one: the copy asks for the shared model again.
+        return {"_config": self._config, "_loaded": None}
+
     @property
     def name(self) -> str:
         """The directory, hub id, or "demo"."""
@@ -39,15 +43,14 @@ class ConfiguredModel:
         """The model, loaded by whoever asks first.
 
         Raises:
-            ValueError: It does not exist, or cannot be composed exactly.
-            blockrag.errors.StoreError: The store's directory cannot be used.
+            ValueError: It does not exist or cannot be composed exactly, or its block store cannot be opened.
         """
         if self._loaded is None:
             from blockrag.model.shared import shared_model
 
             try:
                 self._loaded = shared_model(self._config)
-            except UnsupportedModelError as error:
+            except (UnsupportedModelError, StoreError) as error:
                 raise ValueError(f"model {self._config.model!r} cannot be used: {error}") from error
         return self._loaded
 

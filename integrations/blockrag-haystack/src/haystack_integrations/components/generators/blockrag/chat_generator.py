@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Generator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, get_args
@@ -29,6 +29,7 @@ from haystack.tools import (
 )
 from haystack.utils import deserialize_callable, serialize_callable
 
+from blockrag.errors import StoreError
 from blockrag.model.config import DEFAULT_STORE
 from haystack_integrations.common.blockrag import ConfiguredModel, DocumentForm, document_excerpt
 from haystack_integrations.components.generators.blockrag.conversation import (
@@ -94,7 +95,8 @@ class BlockRAGChatGenerator:
             documents with their titles, the text of the messages as the question. "chat" is the messages as they are:
             a document that they show already (written there by a `ChatPromptBuilder`) becomes a block where it
             stands, and the others open the last user message. "auto" is "rag" when documents are given that the
-            messages do not show already, else "chat".
+            messages do not show already, unless there are tools, or an answer to no question (a greeting); else
+            "chat".
         generation_kwargs: Fields of `blockrag.GenerationOptions`, also under OpenAI's names: `max_new_tokens` or
             `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`, `stop`, ...
         streaming_callback: Called with each `StreamingChunk` of an answer.
@@ -179,7 +181,7 @@ class BlockRAGChatGenerator:
     @component.output_types(replies=list[ChatMessage])
     def run(
         self,
-        messages: list[ChatMessage],
+        messages: list[ChatMessage] | str,
         documents: list[Document] | None = None,
         streaming_callback: StreamingCallbackT | None = None,
         generation_kwargs: dict[str, Any] | None = None,
@@ -188,7 +190,7 @@ class BlockRAGChatGenerator:
         """Answer a conversation.
 
         Args:
-            messages: The conversation; the user's question last.
+            messages: The conversation, the user's question last; or the question alone, as a string.
             documents: What the answer is to rest on, in the order of the prompt. An empty list is a search that found
                 nothing: the prompt keeps the RAG form.
             streaming_callback: Takes precedence over the component's own.
@@ -201,8 +203,8 @@ class BlockRAGChatGenerator:
             reply for no messages.
 
         Raises:
-            ValueError: A message holds more than text, a document has no content, a generation argument is unknown, or
-                the prompt and its answer exceed what the model can place.
+            ValueError: A message holds more than text, a document has no content, a generation argument is unknown,
+                the prompt and its answer exceed what the model can place, or the block store is closed or unsafe.
         """
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=False)
         self.warm_up()
@@ -210,10 +212,10 @@ class BlockRAGChatGenerator:
             return {"replies": []}
         request = self._request(messages, documents, generation_kwargs, tools)
         outgoing = _Outgoing(self._model.name, ComponentInfo.from_component(self))
-        stream = self._stream(request)
-        for piece in stream:
-            if callback is not None and not request.tools and (chunk := outgoing.take(piece.text)):
-                callback(chunk)
+        with closing(self._stream(request)) as stream:
+            for piece in stream:
+                if callback is not None and not request.tools and (chunk := outgoing.take(piece.text)):
+                    callback(chunk)
         reply = outgoing.reply(stream.result, request, streamed=callback is not None)
         if callback is not None:
             for chunk in outgoing.ending(reply):
@@ -223,7 +225,7 @@ class BlockRAGChatGenerator:
     @component.output_types(replies=list[ChatMessage])
     async def run_async(
         self,
-        messages: list[ChatMessage],
+        messages: list[ChatMessage] | str,
         documents: list[Document] | None = None,
         streaming_callback: StreamingCallbackT | None = None,
         generation_kwargs: dict[str, Any] | None = None,
@@ -265,7 +267,7 @@ class BlockRAGChatGenerator:
 
     def _request(
         self,
-        messages: Sequence[ChatMessage],
+        messages: Sequence[ChatMessage] | str,
         documents: Sequence[Document] | None,
         generation_kwargs: dict[str, Any] | None,
         tools: ToolsType | None,
@@ -293,6 +295,8 @@ def _answer(model: BlockModel, request: _Request) -> Generator[Chunk, None, Gene
     stream = model.stream(_segmented(model, request), request.options)
     try:
         yield from stream
+    except StoreError as error:
+        raise ValueError(str(error)) from error
     finally:
         stream.close()
     return stream.result

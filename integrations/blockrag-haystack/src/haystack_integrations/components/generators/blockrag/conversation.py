@@ -21,14 +21,20 @@ PromptForm = Literal["auto", "rag", "chat"]
 _PARAGRAPH = "\n\n"
 
 
-def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages of a conversation; a message with several tool results becomes several.
+def to_messages(messages: Sequence[ChatMessage] | str) -> list[Message]:
+    """Messages of a conversation, or of a question; a message with several tool results becomes several.
 
     Text parts of one message are paragraphs. Earlier reasoning is left out, as chat templates leave it out.
 
     Raises:
-        ValueError: A message holds an image, a file, or anything else that is no text.
+        ValueError: There is something else among the messages, or a message holds an image, a file, or anything else
+            that is no text.
     """
+    if isinstance(messages, str):
+        messages = [ChatMessage.from_user(messages)]
+    for message in messages:
+        if not isinstance(message, ChatMessage):
+            raise ValueError(f"messages must be a list of ChatMessage, or a string; one is {message!r:.60}")
     return [converted for message in messages for converted in _converted(message)]
 
 
@@ -75,11 +81,12 @@ def chosen_form(
     """The form a prompt takes: "auto" is the RAG form when documents are given for it to show.
 
     It is the chat form without documents, when the messages show all of the documents already (somebody built the
-    prompt), and when tools are involved, which the RAG form cannot show.
+    prompt), and for what the RAG form cannot show: tools, and answers to no question.
     """
     if asked != "auto":
         return asked
-    if documents is None or with_tools or any(message.role == "tool" or message.tool_calls for message in messages):
+    calls = any(message.role == "tool" or message.tool_calls for message in messages)
+    if documents is None or with_tools or calls or _answers_nothing(messages):
         return "chat"
     texts = {excerpt.text.strip() for excerpt in documents} - {""}
     return "chat" if texts and texts <= _shown(_located(messages, documents)) else "rag"
@@ -118,6 +125,12 @@ def with_documents(
         replace(last, parts=(*new, *last.parts)),
         *messages[places[-1] + 1 :],
     )
+
+
+def _answers_nothing(messages: Sequence[Message]) -> bool:
+    """Whether there is an answer without a question right before it, a greeting for example."""
+    roles = [message.role for message in messages if message.role != "system"]
+    return any(role == "assistant" and before != "user" for before, role in zip(["", *roles], roles, strict=False))
 
 
 def _located(messages: Sequence[Message], documents: Sequence[Excerpt]) -> list[Message]:
