@@ -102,7 +102,7 @@ def prepare(
         # A template may have changed what was pasted into it.
         pasted = [text for text in tracked.pasted if text.strip() in shown]
         asked = [_cut(message, tracked, pasted) for message in asked]
-        found, missing, in_question = _sorted_out(asked, tracked)
+        found, missing, in_question = _sorted_out(asked, tracked, pasted)
     else:
         found, missing, in_question = sum(len(message.passages) for message in asked), 0, 0
     question = "" if tracked is None else tracked.query
@@ -220,15 +220,19 @@ def _cut(message: Message, tracked: Tracked, pasted: Sequence[str]) -> Message:
     return replace(message, parts=tuple(parts))
 
 
-def _sorted_out(messages: Sequence[Message], tracked: Tracked) -> tuple[int, int, int]:
+def _sorted_out(messages: Sequence[Message], tracked: Tracked, pasted: Sequence[str]) -> tuple[int, int, int]:
     """How many tracked passages are blocks, are in the text but not whole, and are left alone for the question's sake.
 
     Those that are not in the prompt at all count nowhere: refining and accumulating show them one by one.
     """
     blocks = {part.text for message in messages for part in message.parts if isinstance(part, Excerpt)}
-    beside = "".join(message.text for message in messages)
-    if tracked.query:
-        beside = beside.replace(tracked.query, "")
+    if pasted:
+        beside = "\n".join(pasted)
+        for body in sorted(blocks, key=len, reverse=True):
+            beside = beside.replace(body, "")
+    else:
+        beside = "".join(message.text for message in messages)
+        beside = beside.replace(tracked.query, "") if tracked.query else beside
     found = missing = in_question = 0
     for excerpt in tracked.excerpts:
         body, content = excerpt.text.strip(), excerpt.passage.text.strip()

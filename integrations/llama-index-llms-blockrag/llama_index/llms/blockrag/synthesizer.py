@@ -155,7 +155,10 @@ class BlockSynthesizer(BaseSynthesizer):
         mark = f"passages-{secrets.token_hex(8)}"
         messages = self.llm._get_messages(self._text_qa_template, query_str=query_str, context_str=mark, **variables)
         if not any(isinstance(block, TextBlock) and mark in block.text for m in messages for block in m.blocks):
-            raise PromptError("the text_qa_template does not show {context_str}; put it where the passages belong")
+            raise PromptError(
+                "the text_qa_template does not show {context_str} as it is; put it where the passages belong, and map "
+                "no function to it"
+            )
         return [_filled(message, mark, passages) for message in messages]
 
     def _fitting(

@@ -2,10 +2,10 @@
 
 LlamaIndex joins the retrieved passages to one string before the language model is called. Its own instrumentation names
 them a moment earlier: the span of `BaseSynthesizer.synthesize` carries the nodes, and that of `LLM.predict` (or stream,
-apredict, ...) the string they were joined to. A span handler puts both into a context variable for as long as that call lasts,
-streamed answers included, and `BlockRAGLLM` finds the passages again in the prompt's text. The handler changes no
-prompt, stores nothing beyond the span, and no other language model reads the variable. Context variables follow threads
-and tasks, so that concurrent requests never see each other's passages.
+apredict, ...) the string they were joined to. A span handler puts both into a context variable for as long as the call
+lasts, streamed answers included, and `BlockRAGLLM` finds the passages again in the prompt's text. The handler changes
+no prompt, stores nothing beyond the span, and no other language model reads the variable. Context variables follow
+threads and tasks, so that concurrent requests never see each other's passages.
 """
 
 from __future__ import annotations
