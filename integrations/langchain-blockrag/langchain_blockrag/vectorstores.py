@@ -384,8 +384,8 @@ class BlockRAGVectorStore(VectorStore):
         with self._opening:
             if self._opened is None:
                 # In full attention nothing is taken from the block store.
-                composes = self._llm is not None and self._llm.attention == "block"
-                model = self._llm.block_model() if self._llm is not None and composes else None
+                llm = self._llm if self._llm is not None and self._llm.attention == "block" else None
+                model = None if llm is None else llm.block_model()
                 self._opened = PassageStore(
                     self._path,
                     name=self._name,
