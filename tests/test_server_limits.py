@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from live_server import DOCUMENTS, LONG, QUESTION, Live, live_server
 
 from blockrag.errors import InputError
 from blockrag.model.block_model import BlockModel
-from blockrag.server import ServerSettings, check_exposure, create_app, listen
+from blockrag.server import ServerSettings, check_exposure, create_app, listen, serve
 from blockrag.server.connection import ClientGoneError, EventStream, while_connected
 from blockrag.server.errors import ApiError
 from blockrag.server.gate import Gate
@@ -327,6 +328,7 @@ def test_with_a_key_whoever_has_it_may_call(model: BlockModel) -> None:
             reply = live.http.get("/metrics", headers=headers)  # type: ignore[arg-type]
             assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
         assert live.http.delete(f"/v1/blocks/{'0' * 64}").status_code == 401
+        assert live.http.get("/metrics", headers={"authorization": "bearer  the key"}).status_code == 200
         elsewhere = {"authorization": "Bearer the key", "host": "models.example.org", "origin": "https://example.org"}
         assert live.http.get("/metrics", headers=elsewhere).status_code == 200
 
@@ -371,6 +373,7 @@ def test_other_machines_are_served_only_with_a_key(host: str) -> None:
         ({"max_concurrent": 0}, "max_concurrent=0"),
         ({"max_queue": -1}, "max_queue=-1"),
         ({"timeout_s": 0}, "timeout_s=0"),
+        ({"shutdown_s": math.inf}, "shutdown_s=inf"),
         ({"model_name": ""}, "model_name=''"),
         ({"api_key": ""}, "not empty"),
         ({"api_key": "schlüssel"}, "ASCII"),
@@ -383,11 +386,16 @@ def test_settings_that_cannot_work_are_refused(setting: dict[str, Any], message:
     assert "secret" not in repr(ServerSettings(model_name="demo", api_key="secret"))
 
 
-def test_an_address_that_is_taken_or_none_is_named() -> None:
+def test_an_address_that_is_taken_or_none_is_named(model: BlockModel) -> None:
     with listen("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(InputError, match="in use"):
             listen("127.0.0.1", taken.getsockname()[1])
+    # Two that start at the same time may both bind the address, and only one of them can listen.
+    with listen("127.0.0.1", 0) as first, listen("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        with pytest.raises(InputError, match=r"cannot listen any more .*; pass another --host or --port"):
+            serve(create_app(model, ServerSettings(model_name="demo")), second)
     with pytest.raises(InputError, match=r"cannot listen on '256\.1\.1\.1'"):
         listen("256.1.1.1", 0)
 

@@ -35,7 +35,7 @@ class Access:
 
     def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
         self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or 403, or pass the request on."""
@@ -48,8 +48,9 @@ class Access:
 
     def _refusal(self, headers: Headers) -> ApiError | None:
         if self._expected is not None:
+            scheme, _, given = headers.get("authorization", "").partition(" ")
             # Compared in constant time, so that the answer's delay says nothing about the key.
-            if secrets.compare_digest(headers.get("authorization", "").encode(), self._expected):
+            if secrets.compare_digest(given.strip().encode(), self._expected) and scheme.lower() == "bearer":
                 return None
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -68,8 +68,15 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take requests."""
-        await super().startup(sockets)
+        """Take requests.
+
+        Raises:
+            InputError: Another program listens on the address since `listen` bound it.
+        """
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            raise InputError(f"cannot listen any more ({error}); pass another --host or --port") from error
         if self._on_ready is not None:
             self._on_ready()
 
@@ -99,6 +106,9 @@ def serve(app: FastAPI, bound: socket.socket, *, on_ready: Callable[[], None] | 
         app: An application from `create_app`.
         bound: Where to listen, from `listen`; it is closed at the end.
         on_ready: Called when requests are taken.
+
+    Raises:
+        InputError: Another program was faster to listen on the same address.
     """
     with bound:
         Server(app, on_ready).run(sockets=[bound])

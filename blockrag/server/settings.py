@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass, field
 
 from blockrag.errors import InputError
@@ -21,7 +22,7 @@ class ServerSettings:
         max_queue: Requests that may wait for their turn; one more is answered with 503.
         max_body_bytes: Longest request body.
         timeout_s: Longest a request may take, waiting included; a body may take as long to arrive.
-        shutdown_s: How long answers may still take once the server was told to stop.
+        shutdown_s: How long answers may still take once the server was told to stop; finite.
         max_new_tokens: Most tokens of an answer, where the request does not say.
 
     Raises:
@@ -44,7 +45,7 @@ class ServerSettings:
             "max_queue": self.max_queue >= 0,
             "max_body_bytes": self.max_body_bytes >= 1,
             "timeout_s": self.timeout_s > 0,
-            "shutdown_s": self.shutdown_s >= 0,
+            "shutdown_s": 0 <= self.shutdown_s < math.inf,
             "max_new_tokens": self.max_new_tokens >= 1,
         }
         for name, valid in checks.items():
