@@ -350,6 +350,8 @@ def test_white_space_around_an_answer_is_dropped_as_it_comes() -> None:
         ({"documnts": []}, "documnts", "unknown_parameter", "no field 'documnts'"),
         ({"temperature": "hot"}, "temperature", "invalid_value", "got 'hot'"),
         ({"temperature": -1}, "temperature", "invalid_value", "equal to 0, got -1"),
+        ({"temperature": 5e-324}, "temperature", "invalid_value", "at least 1e-30, got 5e-324"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "invalid_value", "equal to 0.001, got 5e-324"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value", "equal to 1, got 0"),
         ({"stop": [""]}, None, "invalid_value", "stop="),
         ({"messages": []}, "messages", "invalid_value", "at least 1 item"),
@@ -413,14 +415,15 @@ def test_mistakes_are_the_clients_own_errors(client: openai.OpenAI) -> None:
         ("{nope", "no JSON"),
         ("[]", "must be a JSON object"),
         ("", "must be a JSON object"),
-        ('{"messages": ' + "[" * 100_000, "parsing the body"),
-        ('{"seed": ' + "1" * 10_000 + "}", "parsing the body"),
+        ('{"messages": ' + "[" * 100_000, "no JSON ("),
+        ('{"seed": ' + "1" * 10_000 + "}", "no JSON ("),
+        (b'{"messages": "\xff"}', "no JSON ('utf-8' codec can't decode"),
     ],
 )
-def test_what_is_no_json_object_is_refused(live: Live, content: str, message: str) -> None:
+def test_what_is_no_json_object_is_refused(live: Live, content: str | bytes, message: str) -> None:
     for route in ("/v1/chat/completions", "/v1/blocks", "/generate"):
         reply = live.http.post(route, content=content, headers={"content-type": "application/json"})
-        assert reply.status_code == 400
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json")
         assert message in reply.json()["error"]["message"]
 
 
@@ -495,6 +498,8 @@ def test_a_defect_says_nothing_of_itself(model: BlockModel, caplog: pytest.LogCa
         reply = running.http.get("/v1/models")
         assert reply.status_code == 500
         assert reply.json()["error"]["code"] == "internal_error"
+        # The server closes the connection behind it; a client that was not told would lose its next request.
+        assert reply.headers["connection"] == "close"
         assert "create_app" not in reply.text
     assert "make it with create_app()" in caplog.text
 

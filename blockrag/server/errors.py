@@ -109,6 +109,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
         return error_response(error)
     found = cast("StarletteHTTPException", error)
+    if isinstance(found.__cause__, (ValueError, RecursionError)):
+        # What FastAPI says of bodies that it cannot read: no UTF-8, nested too deeply, a number of thousands of digits.
+        return error_response(
+            ApiError(400, f"the body is no JSON ({found.__cause__}); send one object", code="invalid_json")
+        )
     message = f"{request.method} {request.url.path}: {found.detail}"
     code = "not_found" if found.status_code == 404 else "invalid_request"
     return error_response(ApiError(found.status_code, message, code=code, headers=found.headers))
@@ -119,5 +124,7 @@ async def _blockrag(request: Request, error: Exception) -> Response:
 
 
 async def _defect(request: Request, error: Exception) -> Response:
-    # The server prints the traceback; clients need not see what is inside.
-    return error_response(ApiError(500, "an internal error; the server's log has its traceback", code="internal_error"))
+    # The server prints the traceback; clients need not see what is inside. It closes the connection, and must say so:
+    # the client's next request would get no answer.
+    message = "an internal error; the server's log has its traceback"
+    return error_response(ApiError(500, message, code="internal_error", headers={"Connection": "close"}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import reprlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from blockrag.model.sampling import GenerationOptions
 from blockrag.server.errors import ApiError
@@ -56,6 +56,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
+# Logits divided by less, or scaled by penalties outside these, may leave the range of their 32-bit numbers.
+_LEAST_TEMPERATURE = 1e-30
+_LEAST_PENALTY, _MOST_PENALTY = 1e-3, 1e3
+
+
 def refuse_unsupported(extra: dict[str, Any] | None) -> None:
     """Check the fields that nothing declares.
 
@@ -93,6 +98,12 @@ def _without_none(value: object) -> object:
 
 _Text = Annotated[str, BeforeValidator(_without_none)]
 _Positive = Annotated[int, Field(ge=1)]
+
+
+def _divisor(temperature: float) -> float:
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise ValueError(f"pass 0 for the likeliest tokens, or at least {_LEAST_TEMPERATURE:g}")
+    return temperature
 
 
 class _Strict(BaseModel):
@@ -182,10 +193,10 @@ class StreamOptions(_Lenient):
 class _Sampled(BaseModel):
     """How the answer is generated, where a request says so."""
 
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0), AfterValidator(_divisor)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=_LEAST_PENALTY, le=_MOST_PENALTY)] | None = None
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     ignore_eos: bool | None = None
