@@ -107,6 +107,29 @@ def test_whole_passages_are_left_out_from_the_lowest_score(
     assert used + len(llm.tokenizer.encode(PassageBlock.from_node(dropped).text)) > window - room
 
 
+def test_many_passages_are_not_counted_over_and_over(llm: BlockRAGLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    count = BlockRAGLLM.count_prompt_tokens
+
+    def counting(self: BlockRAGLLM, messages: list[ChatMessage], **kwargs: Any) -> int:
+        counted.append(sum(isinstance(block, PassageBlock) for message in messages for block in message.blocks))
+        return count(self, messages, **kwargs)
+
+    monkeypatch.setattr(BlockRAGLLM, "count_prompt_tokens", counting)
+    synthesizer = BlockSynthesizer(llm)
+    synthesizer.synthesize(QUESTION, long_nodes([1 / (place + 1) for place in range(40)]))
+    assert 0 < synthesizer.passages_dropped < 40
+    # All of them, a bisection, and each that is left out by itself.
+    assert len([passages for passages in counted if passages != 1]) <= 7
+
+
+async def test_a_question_that_never_fits_drops_nothing(llm: BlockRAGLLM) -> None:
+    synthesizer = BlockSynthesizer(llm)
+    with pytest.raises(ValueError, match="2048"):
+        synthesizer.get_response("river " * 3000, [])
+    assert synthesizer.passages_dropped == 0
+
+
 async def test_a_passage_that_never_fits_is_an_error(make_llm: MakeLLM) -> None:
     llm = make_llm(context_window=600)
     synthesizer = BlockSynthesizer(llm)

@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from datetime import date
 
 import fsspec
 import numpy as np
@@ -168,8 +169,14 @@ def test_ids_are_never_used_twice(store):
     [
         (lambda s: s.add([TextNode(text="no embedding")]), "embedding not set"),
         (lambda s: s.add([TextNode(text="x", embedding=[1.0, 2.0])]), "hold|holds 8 dimensions"),
+        (
+            lambda s: s.add([node("d", metadata={"day": date(2026, 1, 1)})]),
+            "node 'd' cannot be kept: .*date.*into strings",
+        ),
         (lambda s: s.query(VectorStoreQuery(query_str="only words")), "no embedding"),
         (lambda s: s.query(VectorStoreQuery(query_embedding=[1.0])), "use the embedding model that built it"),
+        (lambda s: ask(s, mode="text_search"), "'text_search' is not supported"),
+        (lambda s: ask(s, mode="nonsense"), "'nonsense' is not a valid"),
         (lambda s: ask(s, mode=VectorStoreQueryMode.HYBRID), "'hybrid' is not supported; use 'default' or 'mmr'"),
         (lambda s: s.delete_nodes(), r"clear\(\) deletes every node"),
         (lambda s: BlockRAGVectorStore(prebuild=True), "pass model_name"),
@@ -272,7 +279,7 @@ def test_marginal_relevance_takes_other_things_too(store):
     query = VectorStoreQuery(query_embedding=[1.0, 0.0, 0.1], similarity_top_k=2, mode=VectorStoreQueryMode.MMR)
     assert store.query(query, mmr_threshold=1.0).ids == ["a", "b"]
     assert store.query(query, mmr_threshold=0.3).ids == ["a", "far"]
-    query.mmr_threshold = 0.3
+    query.mmr_threshold, query.mode = 0.3, "mmr"
     assert store.query(query).ids == ["a", "far"]
     query.node_ids = ["unknown"]
     assert store.query(query).ids == []
@@ -418,6 +425,14 @@ def test_storage_contexts_persist_it(store, tmp_path):
     StorageContext.from_defaults(vector_store=opened, persist_dir=str(tmp_path)).persist(str(tmp_path))
     opened.close()
     assert set(one.node_id for one in BlockRAGVectorStore.from_persist_dir(str(tmp_path)).get_nodes()) == {"n2", "n3"}
+
+
+def test_a_file_is_no_place_to_persist_to(store, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    store.add([node("a")])
+    with pytest.raises(PassageIndexError, match="file' is no directory to persist to"):
+        store.persist(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_empty_store_persists_too(store, tmp_path):

@@ -15,6 +15,7 @@ from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.core.storage.docstore.utils import json_to_doc
 from llama_index.llms.blockrag.blocks import excerpt_of
 
+from blockrag.errors import InputError
 from blockrag.passage import Passage
 
 if TYPE_CHECKING:
@@ -35,10 +36,14 @@ def passage_of(node: BaseNode) -> Passage:
     """The passage that stands for a node; its vector is left out.
 
     Raises:
-        InputError: The node's id is empty, or a string holds a lone surrogate.
-        TypeError: Its metadata has no JSON form.
+        InputError: The node's id is empty, a string holds a lone surrogate, or its metadata has no JSON form.
     """
-    data = json.loads(node.model_copy(update={"embedding": None}).to_json())
+    try:
+        data = json.loads(node.model_copy(update={"embedding": None}).to_json())
+    except TypeError as error:
+        raise InputError(
+            f"node {node.node_id!r} cannot be kept: {error}; turn such values of its metadata into strings or numbers"
+        ) from error
     text = node.get_content(metadata_mode=MetadataMode.NONE)
     if data.get("text") == text:
         data["text"] = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
@@ -171,26 +172,34 @@ class BlockSynthesizer(BaseSynthesizer):
         def size(kept: Sequence[PassageBlock]) -> int:
             return self.llm.count_prompt_tokens(self.messages(query_str, kept, **variables))
 
-        kept = list(passages)
-        while (tokens := size(kept)) > budget and kept:
-            weakest = min(range(len(kept)), key=lambda place: (_score(kept[place]), -place))
-            alone = size([kept[weakest]])
+        weakest_first = sorted(range(len(passages)), key=lambda place: (_score(passages[place]), -place))
+
+        def without(count: int) -> list[PassageBlock]:
+            dropped = set(weakest_first[:count])
+            return [passage for place, passage in enumerate(passages) if place not in dropped]
+
+        tokens = size(passages)
+        # Fewer passages make a shorter prompt: the first count that fits is found by bisection.
+        counts = range(len(passages))
+        count = 0 if tokens <= budget else bisect_left(counts, True, key=lambda n: size(without(n)) <= budget)
+        for passage in (passages[place] for place in weakest_first[:count]):
+            alone = size([passage])
             if alone > budget:
                 raise PromptTooLongError(
-                    f"passage {kept[weakest].node_id!r} makes a prompt of {alone} tokens by itself, and the context "
-                    f"window of {metadata.context_window} minus {metadata.num_output} for the answer has room for "
-                    f"{budget}; split documents into shorter passages, or set a smaller max_new_tokens"
+                    f"passage {passage.node_id!r} makes a prompt of {alone} tokens by itself, and the context window "
+                    f"of {metadata.context_window} minus {metadata.num_output} for the answer has room for {budget}; "
+                    "split documents into shorter passages, or set a smaller max_new_tokens"
                 )
             logger.warning(
-                "left out passage %r (score %s): %d tokens of prompt, room for %d",
-                kept[weakest].node_id,
-                kept[weakest].score,
+                "left out passage %r (score %s): %d passages make a prompt of %d tokens, and there is room for %d",
+                passage.node_id,
+                passage.score,
+                len(passages),
                 tokens,
                 budget,
             )
-            del kept[weakest]
-        self.passages_dropped += len(passages) - len(kept)
-        return self.messages(query_str, kept, **variables)
+        self.passages_dropped += count
+        return self.messages(query_str, without(count), **variables)
 
     def _get_prompts(self) -> PromptDictType:
         return {"text_qa_template": self._text_qa_template}

@@ -33,7 +33,7 @@ from llama_index.llms.blockrag.filters import equalities, predicate
 from llama_index.llms.blockrag.model_fields import ModelFields
 from llama_index.llms.blockrag.nodes import facts_of, node_blocks, node_of, passage_of
 
-from blockrag.errors import InputError
+from blockrag.errors import InputError, PassageIndexError
 from blockrag.ingest import PassageStore
 from blockrag.passage import Hit, Passage
 
@@ -115,7 +115,8 @@ class BlockRAGVectorStore(ModelFields, BasePydanticVectorStore):
             The nodes' ids.
 
         Raises:
-            ValueError: A node has no embedding, or one of another length than the index's.
+            ValueError: A node has no embedding, or one of another length than the index's, or metadata without a JSON
+                form.
         """
         # A node that occurs twice counts once, as it would in a dictionary.
         distinct = {node.node_id: node for node in nodes}.values()
@@ -203,12 +204,13 @@ class BlockRAGVectorStore(ModelFields, BasePydanticVectorStore):
         """
         if query.query_embedding is None:
             raise InputError("the query has no embedding; this store searches by vectors only")
-        if query.mode is VectorStoreQueryMode.DEFAULT:
+        mode = VectorStoreQueryMode(query.mode)
+        if mode is VectorStoreQueryMode.DEFAULT:
             hits = self._search(query, query.similarity_top_k)
-        elif query.mode is VectorStoreQueryMode.MMR:
+        elif mode is VectorStoreQueryMode.MMR:
             hits = self._marginally_relevant(query, **kwargs)
         else:
-            raise InputError(f"query mode {query.mode.value!r} is not supported; use 'default' or 'mmr'")
+            raise InputError(f"query mode {mode.value!r} is not supported; use 'default' or 'mmr'")
         return VectorStoreQueryResult(
             nodes=[node_of(hit.passage) for hit in hits],
             similarities=[hit.score for hit in hits],
@@ -278,7 +280,10 @@ class BlockRAGVectorStore(ModelFields, BasePydanticVectorStore):
         if self.persist_path is not None and Path(self.persist_path).resolve() == target.resolve():
             self.client.save()
             return
-        target.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PassageIndexError(f"{str(target)!r} is no directory to persist to ({error}); pass another") from error
         self.client.copy_to(target)
 
     @classmethod
