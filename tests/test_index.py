@@ -1259,6 +1259,28 @@ def test_an_index_says_what_built_it(tmp_path):
         PassageIndex.peek(tmp_path)
 
 
+@pytest.mark.parametrize("dimension", ["-1", "0", str(1 << 31), None, "many"])
+def test_a_dimension_that_no_index_has_is_refused(tmp_path, dimension):
+    with closing(sqlite3.connect(tmp_path / "passages.sqlite3")) as connection, connection:
+        connection.execute("CREATE TABLE meta (name TEXT, value TEXT)")
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", [("encoder", "hash"), ("dimension", dimension)])
+    with pytest.raises(PassageIndexError, match=r"is no passage index .*; pass another directory"):
+        PassageIndex.peek(tmp_path)
+
+
+def test_an_index_that_is_open_is_no_target_of_a_copy(tmp_path):
+    with PassageIndex(HashEncoder(), tmp_path) as there, PassageIndex(HashEncoder()) as index:
+        there.add(many(100))
+        before = found(there.search("q", 5))
+        index.add([make(number, "other") for number in range(100)])
+        # Its rows have the numbers of those that `there` has in memory, and other vectors.
+        with pytest.raises(PassageIndexError, match=r"cannot be copied .* nobody uses it"):
+            index.copy_to(tmp_path)
+        assert found(there.search("q", 5)) == before
+        there.close()
+        index.copy_to(tmp_path)
+
+
 def test_a_copy_is_the_same_index(tmp_path):
     with PassageIndex(HashEncoder()) as index, PassageIndex(HashEncoder(), tmp_path / "was there") as there:
         there.add([make(1, "old")])
@@ -1271,6 +1293,8 @@ def test_a_copy_is_the_same_index(tmp_path):
                 assert (copy.document_hash("d", "f"), copy.block_keys()) == ("h", {"k"})
                 with pytest.raises(PassageIndexError, match="own directory; call save"):
                     copy.copy_to(tmp_path / name)
+                with pytest.raises(PassageIndexError, match="cannot make the index directory"):
+                    copy.copy_to("\0")
         (tmp_path / "blocked" / "passages.sqlite3").mkdir(parents=True)
         with pytest.raises(PassageIndexError, match="cannot be copied to"):
             index.copy_to(tmp_path / "blocked")

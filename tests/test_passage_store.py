@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,9 @@ def test_a_copy_opens_as_the_same_store(tmp_path):
         ([], r"shape \(0,\)"),
         ([[]], r"shape \(1, 0\)"),
         ([[1.0] * 3], "use the embedding model that built it"),
+        ([["one"] * DIMENSION], "no numbers in rows of one length .*; pass those of one model"),
+        ([[1.0, 2.0], [1.0]], "no numbers in rows of one length"),
+        ([[1e300] * DIMENSION], "row 0 is not finite"),
     ],
 )
 def test_vectors_that_cannot_be_are_refused(given_vectors, message):
@@ -145,6 +149,39 @@ def test_vectors_that_cannot_be_are_refused(given_vectors, message):
         with pytest.raises(InputError, match=message):
             store.add([text("b")], given_vectors)
         assert ids(store) == {"a"}
+
+
+@pytest.mark.parametrize("query", [[], [1.0] * (DIMENSION - 1), ["one"] * DIMENSION, 1.0, [[1.0] * DIMENSION]])
+def test_queries_that_cannot_be_are_refused(query):
+    with PassageStore() as store:
+        add(store, text("a"))
+        with pytest.raises(InputError, match="query vector"):
+            store.search(query, 1)
+
+
+def test_one_id_is_no_list_of_ids():
+    with PassageStore() as store:
+        add(store, text("a"), text("b"), text("ab"))
+        with pytest.raises(InputError, match=r"the string 'ab'; pass \['ab'\]"):
+            store.delete("ab")
+        assert ids(store) == {"a", "b", "ab"}
+
+
+def test_nothing_is_written_where_nobody_will_find_it(tmp_path):
+    store = PassageStore(tmp_path / "there")
+    add(store, text("a"))
+    shutil.rmtree(tmp_path / "there")
+    for write in (lambda: add(store, text("b")), lambda: store.delete(["a"]), store.clear):
+        with pytest.raises(PassageIndexError, match="deleted or replaced while it was open"):
+            write()
+    assert store.stats().passages == 1
+    # The same directory, made anew: still not the one that is open.
+    with PassageStore(tmp_path / "there") as new:
+        add(new, text("c"))
+        with pytest.raises(PassageIndexError, match="close it and open it again"):
+            add(store, text("b"))
+        store.close()
+        assert ids(new) == {"c"}
 
 
 def test_a_directory_of_another_encoder_is_refused(tmp_path):

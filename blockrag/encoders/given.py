@@ -7,11 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from blockrag.encoders.protocol import Vectors
 from blockrag.errors import InputError
 from blockrag.passage import Passage
 
-__all__ = ["GivenVectors"]
+__all__ = ["GivenVectors", "as_vectors"]
+
+
+def as_vectors(values: ArrayLike, *, what: str = "vectors") -> Vectors:
+    """Numbers from outside as a float32 array of the same shape; too large ones become infinite.
+
+    Args:
+        values: Vectors, or one of them.
+        what: What they are, for the error.
+
+    Raises:
+        InputError: They are no numbers, or vectors of several lengths.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            return np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} are no numbers in rows of one length ({error}); pass those of one model") from error
 
 
 class GivenVectors:

@@ -96,9 +96,21 @@ def peek(path: Path) -> tuple[str, int] | None:
             if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 return None  # another process is about to create it
             facts = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('encoder', 'dimension')"))
-        return str(facts["encoder"]), int(facts["dimension"])
-    except (OSError, sqlite3.Error, KeyError, ValueError) as error:
+        dimension = int(facts["dimension"])
+        if not 0 < dimension < 1 << 31:
+            raise ValueError(f"its vectors have {dimension} dimensions")
+        return str(facts["encoder"]), dimension
+    except (OSError, sqlite3.Error, KeyError, TypeError, ValueError) as error:
         raise PassageIndexError(f"{path} is no passage index ({error}); pass another directory") from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells a file from any other that has its name later; None when there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class PassageDatabase:
@@ -120,6 +132,7 @@ class PassageDatabase:
         self._lock = threading.RLock()
         if path is not None:
             self._refuse_truncated(path)
+        self._file: tuple[int, int] | None = None
         with self._translated():
             self._connection = sqlite3.connect(
                 path if path is not None else ":memory:",
@@ -140,6 +153,7 @@ class PassageDatabase:
             self._run(f"PRAGMA {pragma}")
         if self._path is not None:
             self._run("PRAGMA journal_mode = WAL")
+            self._file = _identity(self._path)
         with self.transaction():
             found = {(kind, name) for kind, name in self._run("SELECT type, name FROM sqlite_master")}
             if not found:
@@ -203,8 +217,17 @@ class PassageDatabase:
         """One transaction: all of it is committed at the end, or nothing when an exception leaves the block.
 
         Reading inside a transaction joins it.
+
+        Raises:
+            PassageIndexError: The file is damaged, locked or closed, or, when writing, is not there any more.
         """
         with self._lock:
+            if writing and self._path is not None and _identity(self._path) != self._file:
+                # SQLite goes on writing to a file that nobody will find again.
+                raise PassageIndexError(
+                    f"{self._where} was deleted or replaced while it was open, and what is written would be lost; "
+                    "close it and open it again"
+                )
             with self._translated():
                 joins = not writing and self._connection.in_transaction
             if joins:
@@ -384,10 +407,12 @@ class PassageDatabase:
         """Make the file at `path` a copy of this database, whatever it held; a crash leaves what it held.
 
         Raises:
-            PassageIndexError: The file cannot be written.
+            PassageIndexError: The file cannot be written, or is open elsewhere.
         """
         try:
             with self._lock, closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as target:
+                # Refused while anybody has the file open, who would take the copy's rows for those of the same numbers.
+                target.execute("PRAGMA journal_mode = DELETE")
                 self._connection.backup(target)
         except sqlite3.Error as error:
             raise PassageIndexError(

@@ -18,6 +18,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from blockrag.encoders.given import as_vectors
 from blockrag.encoders.protocol import Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index.database import SUPERSEDED, PassageDatabase, StoredPassage, TermCounts, encode_metadata, peek
@@ -188,7 +190,12 @@ class PassageIndex:
         """Delete passages in one transaction, and the documents whose last passage goes; unknown ids are ignored.
 
         Documents that lose passages lose their recorded content hash.
+
+        Raises:
+            InputError: `passage_ids` is a string, whose letters would be ids.
         """
+        if isinstance(passage_ids, str):
+            raise InputError(f"passage ids are the string {passage_ids!r}; pass [{passage_ids!r}]")
         for passage_id in passage_ids:
             _storable("passage id", passage_id)
         with self._writer, self._lock.writing():
@@ -331,8 +338,8 @@ class PassageIndex:
 
     def _checked_vectors(self, vectors: Vectors, *, what: str) -> Vectors:
         """`[n, dimension]` float32, finite."""
-        array = np.asarray(vectors, dtype=np.float32)
-        if array.size == 0:
+        array = as_vectors(vectors, what=what)
+        if array.shape[:1] == (0,):
             return np.zeros((0, self._encoder.dimension), dtype=np.float32)
         if array.ndim != 2 or array.shape[1] != self._encoder.dimension:
             raise InputError(
@@ -684,9 +691,9 @@ class PassageIndex:
             PassageIndexError: `path` is this index's own directory, is in use, or cannot be written.
         """
         target = Path(path)
+        _make_directory(target)
         if self._path is not None and target.resolve() == self._path.resolve():
             raise PassageIndexError(f"{str(path)!r} is this index's own directory; call save(), or pass another")
-        _make_directory(target)
         self._database.copy_to(target / _DATABASE_FILE)
 
     def close(self) -> None:
@@ -762,11 +769,8 @@ class PassageIndex:
         passages, documents = self._database.count()
         size = self._database.size_bytes()
         if self._path is not None:
-            size = sum(file.stat().st_size for file in self._path.iterdir() if file.name.startswith(_OWN_FILES))
+            size = _bytes_in(self._path)
         return IndexStats(passages, documents, self._encoder.dimension, self._encoder.name, self._kind, size)
-
-
-_OWN_FILES = (_DATABASE_FILE, _VECTOR_FILE)
 
 
 # One vector `[dimension]` float32 for each passage id.
@@ -876,6 +880,16 @@ def _storable(what: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{what} {text!r} holds a lone surrogate; decode its source with errors='replace'") from error
+
+
+def _bytes_in(directory: Path) -> int:
+    """Bytes of an index's files; one that goes meanwhile, as those that are being written do, has none."""
+    total = 0
+    for name in (_DATABASE_FILE, _VECTOR_FILE):
+        for file in directory.glob(f"{name}*"):
+            with suppress(FileNotFoundError):
+                total += file.stat().st_size
+    return total
 
 
 def _make_directory(path: Path) -> None:

@@ -20,10 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from blockrag.encoders.given import GivenVectors
+from blockrag.encoders.given import GivenVectors, as_vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index import Change, DocumentInfo, PassageIndex
 from blockrag.ingest.prebuild import encode_blocks, prebuild_blocks
@@ -126,11 +125,11 @@ class PassageStore:
             vectors: `[len(passages), dimension]`, finite; kept as float32.
 
         Raises:
-            InputError: The vectors have another shape or are not finite, a passage id occurs twice, or metadata is
-                not JSON-serialisable. Nothing is changed.
-            PassageIndexError: The index is damaged, locked, closed, or of another name. Nothing is changed.
+            InputError: The vectors have another shape, are no numbers or not finite, a passage id occurs twice, or
+                metadata is not JSON-serialisable. Nothing is changed.
+            PassageIndexError: The index is damaged, locked, closed, deleted, or of another name. Nothing is changed.
         """
-        matrix = np.asarray(vectors, dtype=np.float32)
+        matrix = as_vectors(vectors)
         if not passages and not matrix.size:
             return Change()
         if matrix.ndim != 2 or not matrix.shape[1]:
@@ -218,7 +217,7 @@ class PassageStore:
         index = self._existing()
         if index is None:
             return []
-        queries = np.asarray(query, dtype=np.float32)[None]
+        queries = as_vectors(query, what="the query vector's values")[None]
         if keep is None:
             return _first(index.search_vectors(queries, k, where=where, passage_ids=passage_ids))
         narrowed = bool(where) or passage_ids is not None
