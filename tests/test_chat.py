@@ -24,6 +24,7 @@ from blockrag.prompt import (
     Turn,
     cut_excerpts,
     excerpt_blocks,
+    fits_rag,
     parse_tool_calls,
     segment_chat,
     segment_rag,
@@ -323,6 +324,8 @@ def test_a_conversation_in_the_rag_form_is_what_a_running_chat_holds() -> None:
     texts = [first.text, "1", *(block.text for block in second), "2", *(block.text for block in third)]
     assert prompt.text == "".join(texts)
     assert prompt.blocks[:2] == first.blocks[:2]
+    assert fits_rag(messages)
+    assert not fits_rag(messages, tools=[{"type": "function"}])
     assert prompt.blocks[-3:] == third
     assert [(block.kind, block.local) for block in prompt.blocks[2:-3]] == [("turn", False)]
 
@@ -357,6 +360,8 @@ def test_what_the_rag_form_cannot_show_is_refused() -> None:
     ):
         with pytest.raises(PromptError, match=reason):
             segment_rag(template, tokenizer, messages)
+        # An empty question is the caller's mistake, not another form's case.
+        assert fits_rag(messages) == ("question is empty" in reason)
     once = replace(template, follow_up_query="")
     with pytest.raises(PromptError, match="cannot continue"):
         segment_rag(once, tokenizer, [user, Message("assistant", ("x",)), user])

@@ -20,7 +20,7 @@ Nothing here imports a modelling or tokenizer library: a tokenizer is an argumen
 
 from __future__ import annotations
 
-from blockrag.prompt.chat import excerpt_blocks, segment_chat, segment_rag
+from blockrag.prompt.chat import excerpt_blocks, fits_rag, segment_chat, segment_rag
 from blockrag.prompt.derive import template_for
 from blockrag.prompt.locate import cut_excerpts
 from blockrag.prompt.message import Excerpt, Message, Part, ToolCall
@@ -49,6 +49,7 @@ __all__ = [
     "Turn",
     "cut_excerpts",
     "excerpt_blocks",
+    "fits_rag",
     "merge_pieces",
     "parse_rag_prompt",
     "parse_tool_calls",

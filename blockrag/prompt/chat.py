@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from blockrag.passage import Passage
     from blockrag.prompt.template import PromptTemplate
 
-__all__ = ["excerpt_blocks", "segment_chat", "segment_rag"]
+__all__ = ["excerpt_blocks", "fits_rag", "segment_chat", "segment_rag"]
 
 
 def excerpt_blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, source: str = "") -> list[Block]:
@@ -83,6 +83,18 @@ def segment_chat(
         passing = _is_passing(messages, first, question)
         first = replace(template._open(tokenizer, first), local=not passing, kind="turn" if passing else "prefix")
     return _encoded(template, tokenizer, [first, *drafts])
+
+
+def fits_rag(messages: Sequence[Message], *, tools: Sequence[Mapping[str, object]] = ()) -> bool:
+    """Whether `segment_rag` can show a conversation: answers behind questions, a question last, no tools."""
+    said = [message for message in messages if message.role != "system"]
+    answers_follow = all(
+        before is not None and before.role == "user"
+        for before, message in zip([None, *said], said, strict=False)
+        if message.role == "assistant"
+    )
+    calls = bool(tools) or any(message.role == "tool" or message.tool_calls for message in said)
+    return bool(messages) and messages[-1].role == "user" and answers_follow and not calls
 
 
 def segment_rag(

@@ -305,26 +305,16 @@ class ChatBlockRAG(BaseChatModel):
     def _prompt(
         model: BlockModel, messages: Sequence[Message], form: PromptForm, attention: Attention
     ) -> SegmentedPrompt:
-        from blockrag.prompt import segment_chat, segment_rag
+        from blockrag.prompt import fits_rag, segment_chat, segment_rag
 
         if form not in ("auto", "chat", "rag"):
             raise InputError(f'prompt_form={form!r} is not one of "auto", "chat", "rag"')
         if form == "auto":
-            form = "rag" if any(message.passages for message in messages) and _alternates(messages) else "chat"
+            form = "rag" if any(message.passages for message in messages) and fits_rag(messages) else "chat"
         if form == "rag":
             return segment_rag(model.template, model.tokenizer, messages)
         # In full attention the prompt is tokenized as one string, exactly as if nobody had known of passages.
         return segment_chat(model.template, model.tokenizer, messages, whole=attention == "full")
-
-
-def _alternates(messages: Sequence[Message]) -> bool:
-    """Whether questions and answers take turns and the last is a question, as the RAG form has them."""
-    roles = [message.role for message in messages if message.role != "system"]
-    answers_follow = all(
-        before == "user" for before, role in zip(["", *roles], roles, strict=False) if role == "assistant"
-    )
-    calls = any(message.role == "tool" or message.tool_calls for message in messages)
-    return messages[-1].role == "user" and answers_follow and not calls
 
 
 class _Said:

@@ -10,6 +10,7 @@ from haystack.dataclasses import ChatMessage, ReasoningContent, TextContent
 from haystack.dataclasses import ToolCall as HaystackToolCall
 from haystack.dataclasses.chat_message import ToolCallResult
 
+from blockrag.prompt.chat import fits_rag
 from blockrag.prompt.locate import cut_excerpts
 from blockrag.prompt.message import Excerpt, Message, Part, ToolCall
 from haystack_integrations.common.blockrag import DocumentForm
@@ -85,8 +86,7 @@ def chosen_form(
     """
     if asked != "auto":
         return asked
-    calls = any(message.role == "tool" or message.tool_calls for message in messages)
-    if documents is None or with_tools or calls or _answers_nothing(messages):
+    if documents is None or with_tools or not fits_rag(messages):
         return "chat"
     texts = {excerpt.text.strip() for excerpt in documents} - {""}
     return "chat" if texts and texts <= _shown(_located(messages, documents)) else "rag"
@@ -125,12 +125,6 @@ def with_documents(
         replace(last, parts=(*new, *last.parts)),
         *messages[places[-1] + 1 :],
     )
-
-
-def _answers_nothing(messages: Sequence[Message]) -> bool:
-    """Whether there is an answer without a question right before it, a greeting for example."""
-    roles = [message.role for message in messages if message.role != "system"]
-    return any(role == "assistant" and before != "user" for before, role in zip(["", *roles], roles, strict=False))
 
 
 def _located(messages: Sequence[Message], documents: Sequence[Excerpt]) -> list[Message]:
