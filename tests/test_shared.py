@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 from tiny_models import REFUSED_CASES
@@ -26,6 +27,27 @@ def test_equal_configurations_are_one_model_and_equal_urls_one_store() -> None:
     other = shared_model(ModelConfig(store="memory://?max_bytes=11MB", attention="full"))
     assert other is not models[0]
     assert other.store is models[0].store
+
+
+def test_a_loaded_model_does_not_wait_for_one_that_is_being_loaded(monkeypatch) -> None:
+    loaded = shared_model(ModelConfig())
+    begun, go_on = Event(), Event()
+    load = BlockModel.from_pretrained
+
+    def slowly(*args, **kwargs) -> BlockModel:
+        begun.set()
+        assert go_on.wait(60)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(BlockModel, "from_pretrained", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        loading = threads.submit(shared_model, ModelConfig(namespace="slow"))
+        assert begun.wait(60)
+        try:
+            assert threads.submit(shared_model, ModelConfig()).result(timeout=60) is loaded
+        finally:
+            go_on.set()
+        assert loading.result() is not loaded
 
 
 def test_a_model_that_exists_can_be_configured_in_this_process(make_model) -> None:

@@ -35,6 +35,10 @@ def shared_model(config: ModelConfig) -> BlockModel:
         UnsupportedModelError: It cannot be composed exactly.
         StoreError: The store's directory cannot be used.
     """
+    # Whoever has its model already does not wait for another one to be loaded.
+    found = _MODELS.get(config)
+    if found is not None:
+        return found
     with _LOCK:
         found = _MODELS.get(config)
         if found is None:

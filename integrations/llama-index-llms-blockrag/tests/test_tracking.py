@@ -10,13 +10,14 @@ from typing import Any
 import llama_index.core.instrumentation as instrument
 import pytest
 from conftest import QUESTION, Ear, Shelf, nodes_of
+from llama_index.core.base.response.schema import StreamingResponse
 from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.response_synthesizers import get_response_synthesizer
+from llama_index.core.response_synthesizers import BaseSynthesizer, get_response_synthesizer
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.llms.blockrag import BlockCacheEvent, BlockRAGLLM, tracking
-from llama_index.llms.blockrag.tracking import PassageSpanHandler, track_passages
+from llama_index.llms.blockrag.tracking import PassageSpanHandler, Tracked, track_passages
 
 from blockrag.prompt import SegmentedPrompt
 
@@ -194,6 +195,47 @@ def test_no_passages_and_calls_without_retrieval(llm: BlockRAGLLM, ear: Ear) -> 
     assert ear.of(BlockCacheEvent) == []
     llm.chat([ChatMessage(role="user", content="Hello")])
     assert llm.tracking_counts["no_passages"] == 1
+
+
+class Given(BaseSynthesizer):
+    """A synthesizer that streams what it has, without a generator."""
+
+    def get_response(self, query_str: str, text_chunks: Any, **kwargs: Any) -> Any:
+        raise AssertionError("synthesize() is its own")
+
+    async def aget_response(self, query_str: str, text_chunks: Any, **kwargs: Any) -> Any:
+        raise AssertionError("synthesize() is its own")
+
+    def synthesize(self, query: Any, nodes: Any, **kwargs: Any) -> StreamingResponse:
+        return StreamingResponse(iter(["as ", "given"]), source_nodes=nodes)
+
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
+
+    def _update_prompts(self, prompts: Any) -> None:
+        pass
+
+
+def test_streams_that_are_no_generators_are_left_alone(llm: BlockRAGLLM, shelf: Shelf) -> None:
+    response = RetrieverQueryEngine(shelf, response_synthesizer=Given(llm)).query(QUESTION)
+    assert "".join(response.response_gen) == "as given"
+
+
+def test_a_prompt_within_a_prompt_is_known_by_the_outer_one(llm: BlockRAGLLM) -> None:
+    told: list[Tracked | None] = []
+
+    def listen(**_: Any) -> str:
+        told.append(tracking.current(enabled=True))
+        return "x"
+
+    inner = PromptTemplate("{x}", function_mappings={"x": listen})
+    outer = PromptTemplate(
+        "{context_str} {existing_answer} {y} {x}", function_mappings={"y": lambda **_: llm.predict(inner), "x": listen}
+    )
+    with tracking.asking(QUESTION):
+        llm.predict(outer, context_str="p", existing_answer="a")
+        listen()
+    assert [(one.pasted, one.refines) for one in told if one] == [(("p",), True), (("p",), True), ((), False)]
 
 
 def test_other_language_models_get_what_they_always_got(llm: BlockRAGLLM, shelf: Shelf) -> None:

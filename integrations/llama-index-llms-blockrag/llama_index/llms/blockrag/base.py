@@ -469,6 +469,9 @@ def _response(text: str, delta: str | None, calls: Sequence[ToolCall] = ()) -> C
 
 
 def _without_credentials(url: str) -> str:
+    # What looks like a host there is a relative path, which must survive.
+    if url.startswith("disk:"):
+        return url
     parts = urlsplit(url)
     _, at, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=host)) if at else url

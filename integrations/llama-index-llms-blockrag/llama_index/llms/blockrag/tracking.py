@@ -171,9 +171,12 @@ class PassageSpanHandler(BaseSpanHandler[_PassageSpan]):
     ) -> _PassageSpan | None:
         """Forget it; an answer that is still to be streamed takes it along, since it calls the model only then."""
         span = self.prepare_to_drop_span(id_, bound_args, instance)
-        if span is not None and isinstance(result, StreamingResponse):
+        if span is None or not isinstance(result, (StreamingResponse, AsyncStreamingResponse)):
+            return span
+        # Whatever else a synthesizer of somebody's own streams, it does not call the model as it goes.
+        if isinstance(result.response_gen, Generator):
             result.response_gen = _within(span.inside, result.response_gen)
-        elif span is not None and isinstance(result, AsyncStreamingResponse):
+        elif isinstance(result.response_gen, AsyncGenerator):
             result.response_gen = _awithin(span.inside, result.response_gen)
         return span
 
@@ -205,7 +208,10 @@ def _told(instance: object, arguments: Mapping[str, Any], before: Tracked | None
         return None
     values = {**prompt.kwargs, **arguments.get("prompt_args", {})}
     pasted = tuple(values[name] for name in _PASTED if isinstance(values.get(name), str))
-    return replace(before, pasted=pasted, refines=_REFINED in values)
+    refines = _REFINED in values
+    # A prompt within a prompt, as structured answers have it, need not say it again.
+    told = replace(before, pasted=pasted or before.pasted, refines=refines or before.refines)
+    return told if pasted or refines else None
 
 
 def _within(tracked: Tracked, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
