@@ -338,6 +338,21 @@ def test_white_space_around_an_answer_is_dropped_as_it_comes() -> None:
     assert [edges.push(piece) for piece in (" ", "\n a", " b ", "\n", "c", "  ")] == ["", "a", " b", "", " \nc", ""]
 
 
+def test_tools_without_a_bottom_are_the_clients_mistake(tool_live: Live) -> None:
+    # As much as a JSON parser takes; who walks over it gives up earlier.
+    nested: dict[str, Any] = {}
+    for _ in range(700):
+        nested = {"a": nested}
+    call = {"id": "1", "type": "function", "function": {"name": "capital", "arguments": json.dumps(nested)}}
+    for fields in (
+        {"messages": [QUESTION], "tools": [{"type": "function", "function": {"name": "f", "parameters": nested}}]},
+        {"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}, QUESTION]},
+    ):
+        reply = tool_live.http.post("/v1/chat/completions", json=fields)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_value")
+        assert "nested too deeply" in reply.json()["error"]["message"]
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,10 @@ def segment_request(
     else:
         tools = () if body.tool_choice == "none" else body.tools
         whole = attention == "full"
-        prompt = segment_chat(model.template, model.tokenizer, messages, tools=tools, whole=whole)
+        try:
+            prompt = segment_chat(model.template, model.tokenizer, messages, tools=tools, whole=whole)
+        except RecursionError as error:
+            raise PromptError("a tool or the arguments of a call are nested too deeply; make them flatter") from error
     return _fitting(model, prompt)
 
 
