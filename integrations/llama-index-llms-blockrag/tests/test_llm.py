@@ -297,6 +297,11 @@ def test_from_model_uses_a_loaded_model(llm: BlockRAGLLM) -> None:
     assert given.complete("The river").text == llm.complete("The river").text
 
 
+def test_from_model_takes_nothing_that_describes_the_model(llm: BlockRAGLLM) -> None:
+    with pytest.raises(ValueError, match="attention, namespace cannot be given beside a model"):
+        BlockRAGLLM.from_model(llm.block_model, namespace="x", attention="full", seed=1)
+
+
 def test_from_model_keeps_the_configuration_of_a_shared_model() -> None:
     model = shared_model(ModelConfig(device="cpu", namespace="tenant", precision="float32"))
     given = BlockRAGLLM.from_model(model)

@@ -142,8 +142,16 @@ class BlockRAGLLM(FunctionCallingLLM):
         Args:
             model: The model; its store and its kind of attention are used.
             **fields: Fields that do not describe the model.
+
+        Raises:
+            ValueError: A field describes the model.
         """
-        return cls(**fields_of(register_model(model)), **fields)
+        given = fields_of(register_model(model))
+        if doubled := sorted(given.keys() & fields):
+            raise InputError(
+                f"{', '.join(doubled)} cannot be given beside a model that is loaded already; load it with them"
+            )
+        return cls(**given, **fields)
 
     @classmethod
     def class_name(cls) -> str:
