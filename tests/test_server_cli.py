@@ -268,16 +268,24 @@ def test_the_chat_page_answers_in_a_browser(tmp_path: Path) -> None:
             url = running.stdout.readline().split()[-1]
             with browser(tmp_path) as http:
                 http.post("/url", json={"url": url}).raise_for_status()
-                for number, text in enumerate(("What is the capital of Bhutan?", "What is the capital of Kenya?"), 1):
+
+                def ask(text: str) -> None:
                     http.post(f"{element(http, '#question')}/value", json={"text": text}).raise_for_status()
                     http.post(f"{element(http, 'button:not(:disabled)')}/click", json={}).raise_for_status()
+
+                for number, text in enumerate(("What is the capital of Bhutan?", "What is the capital of Kenya?"), 1):
+                    ask(text)
                     element(http, f".turn:nth-of-type({number}) small")
                 turns = [http.get(f"{element(http, f'.turn:nth-of-type({n})')}/text").json()["value"] for n in (1, 2)]
                 image = base64.b64decode(http.get("/screenshot").json()["value"])
+                running.send_signal(signal.SIGINT)
+                assert running.wait(60) == 0
+                ask("Is anybody there?")
+                failed = http.get(f"{element(http, '.turn.failed')}/text").json()["value"].splitlines()
             Path(os.environ.get("BLOCKRAG_SCREENSHOT", tmp_path / "chat_page.png")).write_bytes(image)
         finally:
-            running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 0
+            running.kill()
+    assert failed == ["Is anybody there?", "The server cannot be reached; is it still running?"]
     assert [turn.splitlines()[:2] for turn in turns] == [
         ["What is the capital of Bhutan?", "Thimphu"],
         ["What is the capital of Kenya?", "Nairobi"],
