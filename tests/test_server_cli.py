@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,24 @@ def test_a_signal_lets_a_stream_finish_and_ends_the_process_with_0() -> None:
         _, messages = running.communicate(timeout=60)
         assert running.returncode == 0
         assert messages.splitlines() == [f"serving demo at {url}/v1; stop it with Ctrl-C", "stopped"]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_no_more_than_that() -> None:
+    with process("--model", "demo", "--shutdown-timeout", "600") as (running, url):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.chat.completions.create(model="demo", messages=[QUESTION], stream=True, **LONG)  # type: ignore[call-overload]
+            next(iter(stream))
+            running.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + 60
+            with suppress(OSError):
+                while time.monotonic() < deadline:
+                    socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
+            running.send_signal(signal.SIGINT)
+            with pytest.raises(httpx.TransportError):
+                list(stream)
+        told = running.communicate(timeout=60)[1].splitlines()
+    assert running.returncode == 0
+    assert told == [f"serving demo at {url}/v1; stop it with Ctrl-C", "stopped"]
 
 
 def test_a_served_directory_answers_from_what_it_holds(tmp_path: Path) -> None:

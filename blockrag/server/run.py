@@ -1,10 +1,12 @@
-"""Listening, and stopping without breaking off answers: the first SIGTERM or SIGINT lets them finish.
+"""Listening, and stopping without breaking off answers: a SIGTERM or SIGINT lets them finish, a second SIGINT does not.
 
 Source: https://www.uvicorn.org/server-behavior/#graceful-process-shutdown
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -110,5 +112,15 @@ def serve(app: FastAPI, bound: socket.socket, *, on_ready: Callable[[], None] | 
     Raises:
         InputError: Another program was faster to listen on the same address.
     """
-    with bound:
-        Server(app, on_ready).run(sockets=[bound])
+    log = logging.getLogger("uvicorn.error")
+    log.addFilter(_tells_something)
+    try:
+        with bound:
+            Server(app, on_ready).run(sockets=[bound])
+    finally:
+        log.removeFilter(_tells_something)
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    """Whether a record is worth showing: a second Ctrl-C ends every answer with a traceback that nobody asked for."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
