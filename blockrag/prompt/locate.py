@@ -8,8 +8,7 @@ what was pasted, inside of that: a passage that says no more than "Answer:" is a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from blockrag.prompt.message import Excerpt, Part
 
@@ -36,23 +35,39 @@ def cut_excerpts(
         body = excerpt.text.strip()
         if body and body not in question:
             known.setdefault(body, Excerpt(body, excerpt.passage))
-    if not known:
-        return (text,) if text else ()
-    longest_first = sorted(known, key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, longest_first))})(?!\S)")
     places = _places(text, pasted) if pasted else [(0, len(text))]
+    found = {
+        (start, -len(body)): body
+        for first, last in places
+        for body in known
+        for start in _occurrences(text, body, first, last)
+        if _stands_alone(text, start, start + len(body))
+    }
     parts: list[Part] = []
     end = 0
-    for match in pattern.finditer(text):
-        if not any(start <= match.start() and match.end() <= stop for start, stop in places):
-            continue
-        parts += [text[end : match.start()], known[match[0]]]
-        end = match.end()
+    for (start, _), body in sorted(found.items()):
+        if start >= end:
+            parts += [text[end:start], known[body]]
+            end = start + len(body)
     parts.append(text[end:])
     return tuple(part for part in parts if part != "")
 
 
 def _places(text: str, pasted: Sequence[str]) -> list[tuple[int, int]]:
     """Where in the text the strings stand, as ranges of characters."""
-    strings = filter(None, map(str.strip, pasted))
-    return [match.span() for string in strings for match in re.finditer(re.escape(string), text)]
+    return [
+        (start, start + len(string))
+        for string in {string.strip() for string in pasted} - {""}
+        for start in _occurrences(text, string, 0, len(text))
+    ]
+
+
+def _occurrences(text: str, string: str, first: int, last: int) -> Iterator[int]:
+    # Not by a regular expression: compiling one for a few long passages takes longer than most questions' prefill.
+    while (first := text.find(string, first, last)) >= 0:
+        yield first
+        first += 1
+
+
+def _stands_alone(text: str, start: int, stop: int) -> bool:
+    return not (text[max(start - 1, 0) : start].strip() or text[stop : stop + 1].strip())
