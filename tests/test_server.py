@@ -318,8 +318,15 @@ def test_tools_reach_a_model_whose_template_shows_them(tool_live: Live) -> None:
         said["tool_calls"][0]["function"]["arguments"] = broken  # type: ignore[index]
         with pytest.raises(openai.BadRequestError, match="no JSON object"):
             client.chat.completions.create(model="demo", messages=messages, max_tokens=4)
+    # The RAG form shows no tools: a conversation with them has the chat form, unless the request insists.
+    assert ask(client, tools=TOOLS).usage.prompt_tokens > ask(client).usage.prompt_tokens
     with pytest.raises(openai.BadRequestError, match="RAG form"):
-        ask(client, tools=TOOLS)
+        ask(client, tools=TOOLS, extra_body={"blockrag": {"form": "rag"}})
+
+
+def test_a_conversation_that_opens_with_a_greeting_is_answered(client: openai.OpenAI) -> None:
+    greeting = {"role": "assistant", "content": "Hello! What would you like to know?"}
+    assert isinstance(ask(client, messages=(greeting, QUESTION)).choices[0].message.content, str)
 
 
 def test_a_call_in_an_answer_is_a_tool_call() -> None:

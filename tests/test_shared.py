@@ -90,6 +90,9 @@ def test_options_by_the_names_of_frameworks() -> None:
         ({"top_k": 1.5}, "out of range"),
         ({"seed": "x"}, "out of range"),
         ({"max_tokens": 0}, "out of range"),
+        ({"temperature": 5e-324}, "out of range"),
+        ({"temperature": float("inf")}, "out of range"),
+        ({"repetition_penalty": 1e-5}, "out of range"),
         ({"stop": 5}, "wrong type"),
     ):
         with pytest.raises(InputError, match=reason):

@@ -20,7 +20,12 @@ from transformers.generation.logits_process import (
 
 from blockrag.errors import InputError
 
-__all__ = ["GenerationOptions", "Sampler"]
+__all__ = ["LEAST_TEMPERATURE", "PENALTIES", "GenerationOptions", "Sampler"]
+
+LEAST_TEMPERATURE = 1e-30
+"""Logits divided by less may leave the range of 32-bit numbers; 0 divides nothing."""
+PENALTIES = (1e-3, 1e3)
+"""Logits scaled by penalties outside these may leave it too."""
 
 # What frameworks and the OpenAI API call these options.
 _ALIASES = {
@@ -36,10 +41,11 @@ class GenerationOptions:
 
     Args:
         max_new_tokens: Upper bound on the answer's tokens, at least one.
-        temperature: 0 for greedy decoding; otherwise tokens are sampled.
+        temperature: 0 for greedy decoding; otherwise, from 1e-30 on, tokens are sampled.
         top_k: Sample among the k most likely tokens; 0 for all.
         top_p: Sample among the most likely tokens that together have this probability; 1 for all.
-        repetition_penalty: Above 1 makes tokens of the prompt and the answer less likely (arXiv 1909.05858).
+        repetition_penalty: Above 1 makes tokens of the prompt and the answer less likely (arXiv 1909.05858); from 0.001
+            to 1000.
         seed: Makes sampling repeatable, 64 bits; None draws a fresh seed.
         stop: Strings that end the answer, besides the template's; not part of it.
         ignore_eos: Go on past the model's end-of-sequence tokens (for measurements).
@@ -63,10 +69,10 @@ class GenerationOptions:
         object.__setattr__(self, "stop", tuple(self.stop))
         checks = {
             "max_new_tokens": isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
-            "temperature": self.temperature >= 0,
+            "temperature": self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < float("inf"),
             "top_k": isinstance(self.top_k, int) and self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "repetition_penalty": PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1],
             "seed": self.seed is None or (isinstance(self.seed, int) and -(1 << 63) <= self.seed < 1 << 64),
             "stop": all(isinstance(s, str) and s for s in self.stop),
         }

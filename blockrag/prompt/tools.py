@@ -48,8 +48,7 @@ def render_with_tools(
     """
     if not supports_tools(tokenizer):
         raise PromptError(
-            f"the chat template of {tokenizer.name_or_path!r} shows no tools; use a model whose template does, or call "
-            "it without tools"
+            "the model's chat template shows no tools; use a model whose template does, or call this one without tools"
         )
     markers = _Markers(tokenizer)
     rows = [_row(message, markers) for message in messages]

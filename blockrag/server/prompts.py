@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from blockrag.errors import PromptError, PromptTooLongError
 from blockrag.passage import Passage
-from blockrag.prompt import Message, Part, ToolCall, segment_chat, segment_rag
+from blockrag.prompt import Message, Part, ToolCall, fits_rag, segment_chat, segment_rag
 
 if TYPE_CHECKING:
     from blockrag.model.block_model import Attention, BlockModel
@@ -19,9 +19,15 @@ __all__ = ["is_rag", "passages_of", "question_of", "seed_prompt", "segment_reque
 
 
 def is_rag(body: ChatRequest) -> bool:
-    """Whether the prompt is to have the RAG form."""
-    wanted = body.blockrag.form or ("rag" if body.documents or body.blockrag.retrieve else "chat")
-    return wanted == "rag"
+    """Whether the prompt is to have the RAG form: if it is asked for, or fits a conversation that has documents.
+
+    Raises:
+        PromptError: A message is malformed.
+    """
+    if body.blockrag.form is not None:
+        return body.blockrag.form == "rag"
+    messages = [_message(number, message) for number, message in enumerate(body.messages)]
+    return bool(body.documents or body.blockrag.retrieve) and fits_rag(messages, tools=body.tools)
 
 
 def passages_of(documents: Sequence[Document]) -> list[Passage]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from blockrag.model.sampling import GenerationOptions
+from blockrag.model.sampling import LEAST_TEMPERATURE, PENALTIES, GenerationOptions
 from blockrag.server.errors import ApiError
 
 __all__ = [
@@ -56,11 +56,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-# Logits divided by less, or scaled by penalties outside these, may leave the range of their 32-bit numbers.
-_LEAST_TEMPERATURE = 1e-30
-_LEAST_PENALTY, _MOST_PENALTY = 1e-3, 1e3
-
-
 def refuse_unsupported(extra: dict[str, Any] | None) -> None:
     """Check the fields that nothing declares.
 
@@ -101,8 +96,8 @@ _Positive = Annotated[int, Field(ge=1)]
 
 
 def _divisor(temperature: float) -> float:
-    if 0 < temperature < _LEAST_TEMPERATURE:
-        raise ValueError(f"pass 0 for the likeliest tokens, or at least {_LEAST_TEMPERATURE:g}")
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"pass 0 for the likeliest tokens, or at least {LEAST_TEMPERATURE:g}")
     return temperature
 
 
@@ -196,7 +191,7 @@ class _Sampled(BaseModel):
     temperature: Annotated[float, Field(ge=0), AfterValidator(_divisor)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=_LEAST_PENALTY, le=_MOST_PENALTY)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])] | None = None
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
     ignore_eos: bool | None = None
