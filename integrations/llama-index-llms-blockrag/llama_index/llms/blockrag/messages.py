@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
@@ -29,7 +28,7 @@ from llama_index.llms.blockrag.tool_calls import arguments_of
 
 from blockrag.errors import PromptError
 from blockrag.passage import Passage
-from blockrag.prompt.chat import segment_chat, segment_rag
+from blockrag.prompt.chat import fits_rag, segment_chat, segment_rag
 from blockrag.prompt.locate import cut_excerpts
 from blockrag.prompt.message import Excerpt, Message, Part, Role, ToolCall
 
@@ -107,7 +106,8 @@ def prepare(
         found, missing, in_question = sum(len(message.passages) for message in asked), 0, 0
     question = "" if tracked is None else tracked.query
     template, tokenizer = model.template, model.tokenizer
-    if form == "rag" and found and not missing and not _is_beyond_rag(asked, tools, tracked):
+    refines = tracked is not None and tracked.refines
+    if form == "rag" and found and not missing and not refines and fits_rag(asked, tools=tools):
         if question:
             # The framework wrote the messages around the passages; the RAG form brings its own instruction.
             asked = [message for message in asked if message.role != "system" or message.passages]
@@ -243,11 +243,3 @@ def _sorted_out(messages: Sequence[Message], tracked: Tracked, pasted: Sequence[
         elif content and (content[:_TELLING_CHARACTERS] in beside or content[-_TELLING_CHARACTERS:] in beside):
             missing += 1
     return found, missing, in_question
-
-
-def _is_beyond_rag(messages: Sequence[Message], tools: Sequence[object], tracked: Tracked | None) -> bool:
-    """Whether the prompt says more than passages, questions and their answers."""
-    with_tools = bool(tools) or any(message.role == "tool" or message.tool_calls for message in messages)
-    speakers = ["assistant", *(message.role for message in messages if message.role != "system")]
-    unasked = any(one == other == "assistant" for one, other in pairwise(speakers))
-    return with_tools or unasked or messages[-1].role != "user" or (tracked is not None and tracked.refines)
