@@ -341,7 +341,7 @@ def test_errors_say_what_to_do(generator):
     with pytest.raises(ValueError, match="prompt_form='blocks'"):
         BlockRAGChatGenerator(prompt_form="blocks")
     with pytest.raises(ValueError, match="last message is assistant"):
-        generator.run([*QUESTION, ChatMessage.from_assistant("Thimphu")], documents=BHUTAN)
+        BlockRAGChatGenerator(prompt_form="rag").run([*QUESTION, ChatMessage.from_assistant("Thimphu")], BHUTAN)
 
 
 async def test_errors_of_the_worker_arrive(generator):
