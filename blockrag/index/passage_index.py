@@ -19,7 +19,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -29,9 +28,11 @@ import numpy as np
 from blockrag.encoders.given import as_vectors
 from blockrag.encoders.protocol import Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
-from blockrag.index.database import SUPERSEDED, PassageDatabase, StoredPassage, TermCounts, encode_metadata, peek
+from blockrag.index.database import PassageDatabase, StoredPassage, TermCounts, peek
 from blockrag.index.locks import ReadWriteLock
+from blockrag.index.nearest import nearest_rows
 from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexOrigin, IndexStats
+from blockrag.index.updates import Plan, check_updates, plan_document, storable
 from blockrag.index.vectors import Kind, Rows, VectorFileError, VectorIndex
 from blockrag.passage import Hit, Passage
 
@@ -41,13 +42,6 @@ _log = logging.getLogger(__name__)
 
 _DATABASE_FILE = "passages.sqlite3"
 _VECTOR_FILE = "vectors.faiss"
-# Candidates fetched beyond k, so that ties at the edge are seen; and how far to look when they go on.
-_SPARE = 16
-_MOST_TIED = 4096
-# FAISS's float32 sums depend on how queries are batched; scores closer than this, relative to the best, may be ties.
-_ROUNDING = 1e-5
-# Filters that leave at most this many rows are answered from the database, for every kind of index.
-_FEW_ROWS = 4096
 _QUERIES_AT_ONCE = 64
 _WORN = "most of what they were built from has changed"
 
@@ -183,7 +177,7 @@ class PassageIndex:
 
     def delete_document(self, document_id: str) -> Change:
         """Delete a document and its passages; an unknown document is no error and changes nothing."""
-        _storable("document id", document_id)
+        storable("document id", document_id)
         return self._delete_documents(lambda: [document_id])
 
     def delete_passages(self, passage_ids: Collection[str]) -> Change:
@@ -197,7 +191,7 @@ class PassageIndex:
         if isinstance(passage_ids, str):
             raise InputError(f"passage ids are the string {passage_ids!r}; pass [{passage_ids!r}]")
         for passage_id in passage_ids:
-            _storable("passage id", passage_id)
+            storable("passage id", passage_id)
         with self._writer, self._lock.writing():
             with self._database.transaction():
                 before = self._database.stamp
@@ -229,7 +223,7 @@ class PassageIndex:
         Returns:
             Whether there is such a document; an unknown one is not marked.
         """
-        _storable("document id", document_id)
+        storable("document id", document_id)
         with self._writer, self._database.transaction():
             if not self._database.is_document(document_id):
                 return False
@@ -282,7 +276,7 @@ class PassageIndex:
             InputError: There is no such passage.
         """
         for name, value in (("passage id", passage_id), ("fingerprint", fingerprint), *(("key", key) for key in keys)):
-            _storable(name, value)
+            storable(name, value)
         with self._writer, self._database.transaction():
             found = self._database.rows_of([passage_id]).get(passage_id)
             if found is None:
@@ -291,7 +285,7 @@ class PassageIndex:
             return Change(kept=1, orphaned_block_keys=self._database.unused(before))
 
     def _write(self, documents: Sequence[DocumentUpdate], *, replace: bool, given: _ById | None = None) -> Change:
-        _check_updates(documents)
+        check_updates(documents)
         if not documents:
             return Change()
         vectors: dict[str, Vectors] = dict(given or {})
@@ -307,14 +301,14 @@ class PassageIndex:
                 if change is not None:
                     return change
 
-    def _plan(self, documents: Sequence[DocumentUpdate], *, replace: bool, given: _ById | None) -> list[_Plan]:
+    def _plan(self, documents: Sequence[DocumentUpdate], *, replace: bool, given: _ById | None) -> list[Plan]:
         """What each document's update means for the passages stored now."""
         marked = self._database.superseded()
         plans = []
         for update in documents:
             stored = self._database.stored(update.document_id)
             changed = frozenset[str]() if given is None else self._with_other_vectors(stored, given)
-            plans.append(_plan_document(update, stored, replace or update.document_id in marked, changed))
+            plans.append(plan_document(update, stored, replace or update.document_id in marked, changed))
         leaving = {passage.row for plan in plans for passage in plan.gone}
         fresh = {passage.id: plan for plan in plans for _, passage in plan.fresh}
         for passage in self._database.stored_passages(fresh):
@@ -412,7 +406,7 @@ class PassageIndex:
         kept = sum(len(plan.kept) for plan in plans)
         return Change(added=len(new), kept=kept, removed=len(gone), orphaned_block_keys=orphans)
 
-    def _insert(self, update: DocumentUpdate, plan: _Plan, vectors: _ById) -> dict[int, Vectors]:
+    def _insert(self, update: DocumentUpdate, plan: Plan, vectors: _ById) -> dict[int, Vectors]:
         self._database.put_document(update.document_id)
         for ordinal, stored, passage in plan.kept:
             self._database.revise(stored, passage, ordinal)
@@ -524,7 +518,7 @@ class PassageIndex:
         """
         _check_search(k, where)
         for passage_id in passage_ids or ():
-            _storable("passage id", passage_id)
+            storable("passage id", passage_id)
         checked = self._checked_vectors(queries, what="query vectors")
         self._catch_up()
         hits: list[list[Hit]] = []
@@ -540,7 +534,7 @@ class PassageIndex:
     def vectors_of(self, passage_ids: Collection[str]) -> dict[str, Vectors]:
         """The stored vector `[dimension]` float32 of each of these passages that is there."""
         for passage_id in passage_ids:
-            _storable("passage id", passage_id)
+            storable("passage id", passage_id)
         with self._database.transaction(writing=False):
             ids = {row: passage_id for passage_id, (row, _) in self._database.rows_of(set(passage_ids)).items()}
             rows, vectors = self._database.embeddings(np.array(sorted(ids), dtype=np.int64))
@@ -548,7 +542,7 @@ class PassageIndex:
 
     def _nearest(self, queries: Vectors, k: int, allowed: Rows | None) -> list[list[Hit]]:
         """The hits of some queries, ordered by inner product."""
-        best = self._best(queries, k, allowed)
+        best = self._nearest_rows(queries, k, allowed)
         found = self._database.passages_at({row for rows in best for row, _ in rows})
         return [[Hit(found[row], score) for row, score in rows if row in found] for rows in best]
 
@@ -557,7 +551,7 @@ class PassageIndex:
         encoder = self._encoder
         if not isinstance(encoder, RescoringEncoder):
             return self._nearest(queries, k, allowed)
-        best = self._best(queries, k + encoder.spare_candidates, allowed)
+        best = self._nearest_rows(queries, k + encoder.spare_candidates, allowed)
         found = self._database.passages_at({row for rows in best for row, _ in rows})
         hits = []
         for question, rows in zip(questions, best, strict=True):
@@ -576,44 +570,8 @@ class PassageIndex:
             return self._encoder.encode_queries_with(questions, self._term_counts())
         return self._encoder.encode_queries(questions)
 
-    def _best(self, queries: Vectors, k: int, allowed: Rows | None) -> list[list[tuple[int, float]]]:
-        """Rows and scores of the best `k` of each query, ordered; scores are exact products of the stored vectors."""
-        if allowed is not None and (self._kind != "flat" or len(allowed) <= _FEW_ROWS):
-            return self._scan(queries, k, allowed)
-        candidates = self._candidates(queries, k, allowed)
-        rows, vectors = self._database.embeddings(np.unique(np.concatenate(candidates)))
-        results = []
-        for query, some in zip(queries, candidates, strict=True):
-            chosen = np.searchsorted(rows, np.intersect1d(some, rows))
-            results.append(_rank(query, rows[chosen], vectors[chosen], k))
-        return results
-
-    def _scan(self, queries: Vectors, k: int, allowed: Rows) -> list[list[tuple[int, float]]]:
-        """The best of `allowed` by comparing with every one of them."""
-        best: list[list[tuple[int, float]]] = [[] for _ in queries]
-        for rows, vectors in self._database.embedding_chunks(allowed):
-            for i, query in enumerate(queries):
-                best[i] = sorted(best[i] + _rank(query, rows, vectors, k), key=lambda hit: (-hit[1], hit[0]))[:k]
-        return best
-
-    def _candidates(self, queries: Vectors, k: int, allowed: Rows | None) -> list[Rows]:
-        """For each query the rows that may be among its best `k`: those found, and all that tie with the last."""
-        available = len(self._vectors.rows) if allowed is None else len(allowed)
-        results: list[Rows] = [np.zeros(0, dtype=np.int64)] * len(queries)
-        # A zero vector has nothing to find.
-        pending = np.flatnonzero(queries.any(axis=1))
-        fetch = min(k + _SPARE, available)
-        while len(pending) and fetch:
-            scores, rows = self._vectors.search(queries[pending], fetch, allowed)
-            for i, found in zip(pending, rows, strict=True):
-                results[i] = found[found >= 0]
-            if fetch >= min(available, max(_MOST_TIED, k + _SPARE)):
-                break
-            margin = _ROUNDING * np.abs(scores[:, 0])
-            tied = (rows[:, -1] >= 0) & (scores[:, k - 1] - scores[:, -1] <= margin)
-            pending = pending[tied]
-            fetch = min(4 * fetch, available)
-        return results
+    def _nearest_rows(self, queries: Vectors, k: int, allowed: Rows | None) -> list[list[tuple[int, float]]]:
+        return nearest_rows(self._database, self._vectors, self._kind, queries, k, allowed)
 
     # -- keeping the vectors in step ----------------------------------------------------------------------------------
 
@@ -723,13 +681,13 @@ class PassageIndex:
 
     def get(self, passage_id: str) -> Passage | None:
         """The passage of this id, or None."""
-        _storable("passage id", passage_id)
+        storable("passage id", passage_id)
         return self._database.passage(passage_id)
 
     def passages(self, document_id: str | None = None) -> Iterator[Passage]:
         """A document's passages in reading order (none when it is unknown), or all in the order they were added."""
         if document_id is not None:
-            _storable("document id", document_id)
+            storable("document id", document_id)
         return self._database.passages(document_id)
 
     def documents(self) -> list[DocumentInfo]:
@@ -748,14 +706,14 @@ class PassageIndex:
             None when the document is unknown, or was not replaced under the fingerprint. "" when it is known but has
             no hash: it came or was changed by `add`.
         """
-        _storable("document id", document_id)
-        _storable("fingerprint", fingerprint)
+        storable("document id", document_id)
+        storable("fingerprint", fingerprint)
         return self._database.document_hash(document_id, fingerprint)
 
     def block_keys(self, fingerprint: str | None = None) -> set[str]:
         """All block keys in use, or those recorded under one fingerprint."""
         if fingerprint is not None:
-            _storable("fingerprint", fingerprint)
+            storable("fingerprint", fingerprint)
         return self._database.block_keys(fingerprint)
 
     def __len__(self) -> int:
@@ -777,109 +735,12 @@ class PassageIndex:
 _ById: TypeAlias = Mapping[str, Vectors]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What an update does to one document's passages, with their places in it."""
-
-    document_id: str
-    fresh: list[tuple[int, Passage]]
-    kept: list[tuple[int, StoredPassage, Passage]]
-    gone: list[StoredPassage]
-
-    @property
-    def changes(self) -> bool:
-        return bool(self.fresh or self.gone)
-
-
-def _plan_document(
-    update: DocumentUpdate, stored: Sequence[StoredPassage], replace: bool, changed: Collection[str]
-) -> _Plan:
-    """Compare an update with what is stored: equal title and text under an id that is not `changed` means kept."""
-    plan = _Plan(update.document_id, [], [], [])
-    left = {passage.id: passage for passage in stored}
-    end = max((passage.ordinal + 1 for passage in stored), default=0)
-    for place, passage in enumerate(update.passages):
-        old = left.pop(passage.id, None)
-        ordinal = place if replace else (end + place if old is None else old.ordinal)
-        same = old is not None and (old.title, old.text) == (passage.title, passage.text)
-        if old is not None and same and passage.id not in changed:
-            plan.kept.append((ordinal, old, passage))
-            continue
-        plan.fresh.append((ordinal, passage))
-        if old is not None:
-            plan.gone.append(old)
-    if replace:
-        plan.gone.extend(left.values())
-    return plan
-
-
-def _rank(query: Vectors, rows: Rows, vectors: Vectors, k: int) -> list[tuple[int, float]]:
-    """The best `k` of `rows` with their scores, equal scores by row.
-
-    Sums are taken row by row in float64, so that equal vectors have equal scores however they were found.
-    """
-    if not query.any():
-        return []
-    scores = (vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
-    order = np.lexsort((rows, -scores))[:k]
-    return [(int(rows[i]), float(scores[i])) for i in order]
-
-
-def _check_updates(documents: Sequence[DocumentUpdate]) -> None:
-    """Refuse what cannot be stored, before anything is embedded."""
-    documents_seen: set[str] = set()
-    passages_seen: set[str] = set()
-    for update in documents:
-        if not update.document_id or update.document_id in documents_seen:
-            problem = "occurs twice in one update" if update.document_id else "is empty"
-            raise InputError(f"document id {update.document_id!r} {problem}; give each document one id of its own")
-        documents_seen.add(update.document_id)
-        for name in ("document_id", "content_hash", "fingerprint"):
-            _storable(name, getattr(update, name))
-        if update.fingerprint == SUPERSEDED:
-            raise InputError(f"{SUPERSEDED!r} is no fingerprint; pass the model's fingerprint.digest")
-        for passage in update.passages:
-            _check_passage(passage, update.document_id, passages_seen)
-        _check_block_keys(update)
-
-
-def _check_passage(passage: Passage, document_id: str, seen: set[str]) -> None:
-    if passage.document_id != document_id:
-        raise InputError(
-            f"passage {passage.id!r} names document {passage.document_id!r}, not {document_id!r}; pass "
-            f"Passage(document_id={document_id!r})"
-        )
-    if passage.id in seen:
-        raise InputError(f"passage id {passage.id!r} occurs twice; ids are unique in an index")
-    seen.add(passage.id)
-    encode_metadata(passage)
-
-
-def _check_block_keys(update: DocumentUpdate) -> None:
-    ids = {passage.id for passage in update.passages}
-    for passage_id, keys in (update.block_keys or {}).items():
-        if passage_id not in ids:
-            raise InputError(
-                f"block keys are given for passage {passage_id!r}, which document {update.document_id!r} does not have"
-            )
-        for key in keys:
-            _storable("block key", key)
-
-
 def _check_search(k: int, where: Mapping[str, object] | None) -> None:
     if k < 1:
         raise InputError(f"k is {k}; ask for at least 1 passage")
     for name, value in (where or {}).items():
         if name == "document_id" and isinstance(value, str):
-            _storable("document id", value)
-
-
-def _storable(what: str, text: str) -> None:
-    """Refuse lone surrogates, which no UTF-8 file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what} {text!r} holds a lone surrogate; decode its source with errors='replace'") from error
+            storable("document id", value)
 
 
 def _bytes_in(directory: Path) -> int:
