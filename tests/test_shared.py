@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -13,7 +15,7 @@ from blockrag.errors import InputError
 from blockrag.model.block_model import BlockModel
 from blockrag.model.config import ModelConfig
 from blockrag.model.sampling import GenerationOptions
-from blockrag.model.shared import register_model, shared_model, shared_store
+from blockrag.model.shared import forget_models, register_model, shared_model, shared_store
 from blockrag.model.usage import Usage
 
 
@@ -58,6 +60,18 @@ def test_a_model_that_exists_can_be_configured_in_this_process(make_model) -> No
     foreign = ModelConfig(model="registered:other#99")
     with pytest.raises(InputError, match="another process"):
         shared_model(foreign)
+
+
+def test_models_can_be_let_go(make_model) -> None:
+    config = ModelConfig(store="memory://?max_bytes=13MB")
+    before, store = weakref.ref(shared_model(config)), shared_store(config.store)
+    registered = register_model(make_model("llama"))
+    forget_models()
+    gc.collect()
+    assert before() is None
+    assert shared_model(config).store is not store
+    with pytest.raises(InputError, match="forget_models"):
+        shared_model(registered)
 
 
 def test_what_cannot_be_loaded_says_so() -> None:

@@ -8,6 +8,7 @@ prefill for a language model that was configured elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,14 @@ from blockrag.stores import open_store
 if TYPE_CHECKING:
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["register_model", "shared_model", "shared_store"]
+__all__ = ["forget_models", "register_model", "shared_model", "shared_store"]
 
 _REGISTERED = "registered:"
 _LOCK = threading.RLock()
 _MODELS: dict[ModelConfig, BlockModel] = {}
 _STORES: dict[str, BlockStore] = {}
+# Never used twice: a name that was forgotten must not come to mean another model.
+_NUMBERS = itertools.count()
 
 
 def shared_model(config: ModelConfig) -> BlockModel:
@@ -44,8 +47,8 @@ def shared_model(config: ModelConfig) -> BlockModel:
         if found is None:
             if config.model.startswith(_REGISTERED):
                 raise InputError(
-                    f"model {config.model!r} was made from an object in another process, which cannot be rebuilt here; "
-                    "configure it by its directory or hub id"
+                    f"model {config.model!r} was made from an object, in another process or before forget_models(), "
+                    "and cannot be made again; configure it by its directory or hub id"
                 )
             found = _MODELS[config] = BlockModel.from_pretrained(
                 config.model,
@@ -80,7 +83,17 @@ def register_model(model: BlockModel) -> ModelConfig:
             if known is model:
                 return config
         config = ModelConfig(
-            model=f"{_REGISTERED}{model.name}#{len(_MODELS)}", store=model.store.url, attention=model.attention
+            model=f"{_REGISTERED}{model.name}#{next(_NUMBERS)}", store=model.store.url, attention=model.attention
         )
         _MODELS[config] = model
         return config
+
+
+def forget_models() -> None:
+    """Let go of all models and stores, so that their memory is freed once nobody else holds them.
+
+    Components load theirs again when they next need one, except models that were registered.
+    """
+    with _LOCK:
+        _MODELS.clear()
+        _STORES.clear()
