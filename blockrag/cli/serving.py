@@ -137,7 +137,9 @@ def _settings(
 ) -> Settings:
     """What to serve: what a directory remembers, changed by what was asked for."""
     if path is None and model is None:
-        raise InputError("there is nothing to serve; pass --model, or the --path of an index")
+        raise InputError(
+            "there is nothing to serve; pass --model (demo ships with blockrag), or the --path of an index"
+        )
     if path is not None and store is not None:
         raise InputError(f"--store {store!r} and --path {str(path)!r} both say where blocks are; pass one of them")
     found = (None if path is None else built_with(path)) or Settings()
