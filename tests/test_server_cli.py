@@ -174,7 +174,7 @@ def test_options_reach_the_server_and_its_store_is_closed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "pass --model, or the --path of an index"),
+        ([], 2, "there is nothing to serve"),
         (["--model", "demo", "--host", "0.0.0.0"], 2, "set an API key (BLOCKRAG_API_KEY or --api-key)"),
         (["--model", "demo", "--timeout", "0"], 2, "timeout_s=0.0 is out of range"),
         (["--model", "demo", "--max-body", "much"], 2, "cannot read the size 'much'"),
