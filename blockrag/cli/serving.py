@@ -19,6 +19,7 @@ from blockrag.cli.options import (
     Device,
     Dtype,
     MaxNewTokens,
+    Model,
     PrecisionOption,
     attention_of,
     precision_of,
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="'demo', a hub id or a directory; by default what --path was built with."),
-]
 Store = Annotated[
     str | None,
     typer.Option("--store", help="Where blocks are kept, e.g. disk:///path?max_bytes=200GB; by default in memory."),
@@ -66,7 +63,7 @@ ShutdownTimeout = Annotated[
 
 
 def serve(
-    model: ModelOption = None,
+    model: Model = None,
     store: Store = None,
     path: PathOption = None,
     host: Host = "127.0.0.1",
