@@ -7,6 +7,7 @@ command line turns a `BlockRAGError` into that line and an exit code; anything e
     +-- InputError (ValueError)          what the caller passed cannot be used
     |   +-- PromptError                  a prompt, template or chat message is malformed
     |   +-- DocumentError                a document cannot be read, or is not text
+    |   +-- DataError                    a line of a training or evaluation file cannot be used
     |   `-- PromptTooLongError           prompt plus answer exceed what the model can place
     +-- UnsupportedModelError            this model's KV states cannot be composed exactly
     +-- StoreError                       a block store cannot do what was asked
@@ -22,6 +23,7 @@ from __future__ import annotations
 __all__ = [
     "BlockRAGError",
     "DamagedBlockError",
+    "DataError",
     "DocumentError",
     "InputError",
     "MissingDependencyError",
@@ -49,6 +51,10 @@ class PromptError(InputError):
 
 class DocumentError(InputError):
     """A document cannot be read, or is not text."""
+
+
+class DataError(InputError):
+    """A file or line of training or evaluation data cannot be used; the message names the file and the line."""
 
 
 class PromptTooLongError(InputError):

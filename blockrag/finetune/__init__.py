@@ -1,0 +1,16 @@
+"""Block fine-tuning: teaching a language model to read passages that do not see each other (arXiv 2409.15355, section 3).
+
+    data/         data sets to training lines: reading, ranking, sampling, answering
+    samples.py    a training line as token ids: shared blocks, and questions as independent final blocks
+    rows.py       samples in both attentions, as the rows of batches
+    collate.py    rows to tensors; the mask comes from `blockrag.attention`
+    loss.py       which tokens count, and how they are averaged
+    settings.py   every number of a run, and the published recipes by name
+    trainer.py    the transformers Trainer with this collator, this loss and an evaluation of both attentions
+    scoring.py    exact match without generating: the likelihood of the answers, many questions to a forward
+    saving.py     what a fine-tuned directory holds
+    run.py        `finetune`: all of it, from a model and files to a directory
+    plots.py      the course of a run as a picture
+
+Import from the modules; this package stays empty so that reading data does not load torch.
+"""
