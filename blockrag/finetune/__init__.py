@@ -1,4 +1,4 @@
-"""Block fine-tuning: teaching a language model to read passages that do not see each other (arXiv 2409.15355, section 3).
+"""Block fine-tuning: teaching a language model to read passages that do not see each other (arXiv 2409.15355).
 
     data/         data sets to training lines: reading, ranking, sampling, answering
     samples.py    a training line as token ids: shared blocks, and questions as independent final blocks
