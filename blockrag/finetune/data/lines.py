@@ -18,6 +18,7 @@ Everything here names the file and the line in its errors. Nothing here knows to
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from blockrag.errors import DataError, InputError
-from blockrag.passage import Passage
+from blockrag.passage import Passage, refuse_lone_surrogates
 
 __all__ = [
     "BlocksLine",
@@ -35,12 +36,16 @@ __all__ = [
     "Line",
     "Question",
     "RagLine",
+    "line_to_json",
+    "parse_json",
     "parse_line",
     "read_lines",
     "read_rag_lines",
+    "scan_lines",
     "write_lines",
 ]
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ROLES = ("system", "user", "assistant")
 
 
@@ -121,16 +126,29 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Line]]:
     Raises:
         DataError: The file cannot be read, holds no line, or a line is malformed; names the file and the line.
     """
+    for number, line in scan_lines(path):
+        if isinstance(line, DataError):
+            raise line
+        yield number, line
+
+
+def scan_lines(path: str | Path) -> Iterator[tuple[int, Line | DataError]]:
+    """`read_lines` that goes on behind a malformed line, for those who want to see all of them.
+
+    Yields:
+        The number of each line that is not blank, and the line or what is wrong with it.
+
+    Raises:
+        DataError: The file cannot be read, or holds no line.
+    """
     path = Path(path)
     found = False
     try:
         with path.open("rb") as file:
             for number, data in enumerate(file, start=1):
-                if number == 1:
-                    data = data.removeprefix(b"\xef\xbb\xbf")
-                if data.strip():
+                if data.removeprefix(_BYTE_ORDER_MARK).strip():
                     found = True
-                    yield number, _parse_bytes(data, f"{path}, line {number}")
+                    yield number, _scanned(data, f"{path}, line {number}")
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); pass a file of JSON lines") from error
     if not found:
@@ -150,6 +168,22 @@ def read_rag_lines(path: str | Path) -> Iterator[tuple[int, RagLine]]:
                 f"{'messages' if isinstance(line, ChatLine) else 'blocks'}; leave such lines out here"
             )
         yield number, line
+
+
+def parse_json(data: bytes, where: str) -> object:
+    """The value of a line of JSON, strictly: no NaN, no Infinity; a byte order mark is dropped.
+
+    Raises:
+        DataError: It is not JSON.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}); write one object per line") from error
 
 
 def parse_line(fields: object, where: str) -> Line:
@@ -224,15 +258,11 @@ def line_to_json(line: Line) -> dict[str, object]:
     return {**own, "passages": passages, "questions": questions}
 
 
-def _parse_bytes(data: bytes, where: str) -> Line:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
+def _scanned(data: bytes, where: str) -> Line | DataError:
     try:
-        fields = json.loads(data.decode("utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}); write one object per line") from error
-    return parse_line(fields, where)
+        return parse_line(parse_json(data, where), where)
+    except DataError as error:
+        return error
 
 
 def _rag_line(fields: Mapping[str, Any], where: str) -> RagLine:
@@ -261,6 +291,7 @@ def _question(fields: object, where: str) -> Question:
     answers = fields.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise DataError(f"{where}: answers must be a list of at least one non-empty string, got {answers!r:.60}")
+    refuse_lone_surrogates(where, {f"answer {number}": text for number, text in enumerate(answers, start=1)}, DataError)
     return Question(
         question=_text(fields, "question", where),
         answers=tuple(answers),
@@ -276,8 +307,8 @@ def _candidate(fields: object, number: int, where: str) -> Candidate:
         raise DataError(f"{where}: must be an object with a text, got {fields!r:.60}")
     _known(fields, {"title", "text", "id", "score", "supports"}, where)
     score, supports = fields.get("score"), fields.get("supports")
-    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-        raise DataError(f"{where}: score must be a number, got {score!r:.60}")
+    if score is not None and not _is_number(score):
+        raise DataError(f"{where}: score must be a finite number, got {score!r:.60}")
     if supports is not None and not isinstance(supports, bool):
         raise DataError(f"{where}: supports must be true or false, got {supports!r:.60}")
     try:
@@ -324,18 +355,24 @@ def _text(fields: Mapping[str, Any], name: str, where: str, *, default: str | No
     value = fields.get(name, default)
     if not isinstance(value, str) or (default is None and not value.strip()):
         raise DataError(f"{where}: {name} must be a {'' if default == '' else 'non-empty '}string, got {value!r:.60}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {name} holds a lone surrogate at character {error.start}; clean its source"
-        ) from None
+    refuse_lone_surrogates(where, {name: value}, DataError)
     return value
+
+
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def _strings(value: object, name: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise DataError(f"{where}: {name} must be a list of at least one string, got {value!r:.60}")
+    refuse_lone_surrogates(where, {f"{name} {number}": text for number, text in enumerate(value, start=1)}, DataError)
     if not value[-1].strip():
         raise DataError(f"{where}: the last of the {name} is empty; it must hold the question")
     return tuple(value)
