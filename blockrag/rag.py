@@ -387,17 +387,13 @@ class Chat:
             blocks: Sequence[Block] = template.follow_up(tokenizer, passages=new, question=question)
         else:
             blocks = template.segment(tokenizer, passages=new, question=question).blocks
-        running.extend(_globalized(blocks) if self._attention == "full" else blocks, room=options.max_new_tokens)
+        if self._attention == "full":
+            blocks = [block.as_global() for block in blocks]
+        running.extend(blocks, room=options.max_new_tokens)
         self._shown.update(passage.id for passage in new)
         steps = ResultStream(running.answer(options, template.stop))
         yield from _texts(steps)
         return _answered(steps.result, hits, started, retrieve_s)
-
-
-def _globalized(blocks: Iterable[Block]) -> list[Block]:
-    from dataclasses import replace
-
-    return [replace(block, local=False) for block in blocks]
 
 
 def _texts(chunks: Iterable[Chunk]) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from blockrag.attention import additive_mask, block_mask
+from blockrag.attention import TokenLayout
+from blockrag.model.masks import mask_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,24 +41,8 @@ def oracle_logits(
         Logits of shape (tokens, vocabulary), in the model's dtype.
     """
     ids = torch.tensor([[token for block in blocks for token in block]], device=model.device)
-    lengths = [len(block) for block in blocks]
-    windows = {window for window in structure.windows if window is not None}
-    full = _as_argument(model, block_mask(lengths, local))
-    if not windows:
-        mask: object = full
-    else:
-        windowed = _as_argument(model, block_mask(lengths, local, window=min(windows)))
-        # Models that mix layer types take one mask per type; those with windows everywhere take one mask.
-        layer_types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-        mixed = None in structure.windows or len(layer_types) > 1
-        mask = {t: windowed if "sliding" in t else full for t in layer_types} if mixed else windowed
+    layout = TokenLayout.of_segments([len(block) for block in blocks], local, device=model.device)
+    mask = mask_argument(model, structure, layout)
     positions = torch.arange(ids.shape[1], device=model.device)[None]
     logits: torch.Tensor = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits[0]
     return logits
-
-
-def _as_argument(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
-    """(1, 1, tokens, tokens), additive where the model's own attention is in use, boolean otherwise."""
-    if model.config._attn_implementation == "eager":
-        mask = additive_mask(mask, model.dtype)
-    return mask[None, None].to(model.device)

@@ -136,7 +136,7 @@ def segment_rag(
         drafts += map(template._passage_draft, passages)
         running += template._query_spans(template.follow_up_query if number else template.query, asked)
         if answer is not None:
-            running.append(content(_joint(template) + answer))
+            running.append(content(template.answer_opening + answer))
     return _encoded(template, tokenizer, [*drafts, Draft(groups=(tuple(running),), local=False, kind="query")])
 
 
@@ -261,12 +261,6 @@ def _opened(drafts: list[Draft], running: list[Span], opening: Span, *, has_pass
     drafts.append(Draft(groups=(tuple(running),), local=False, kind="turn"))
     drafts.append(Draft(groups=((opening,),), local=True, kind="turn"))
     return []
-
-
-def _joint(template: PromptTemplate) -> str:
-    """What stands between the text that asks for an answer and the answer ("Answer:" and " Thimphu")."""
-    before = template.assistant.before
-    return before.removeprefix(template.generation) if before.startswith(template.generation) else ""
 
 
 def _encoded(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> SegmentedPrompt:

@@ -59,12 +59,21 @@ def content(text: str) -> Span:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A block before tokenization. The groups are tokenized separately and their ids joined."""
+    """A block before tokenization. The groups are tokenized separately and their ids joined.
+
+    Args:
+        groups: What is tokenized as one string each.
+        local: See `Block`.
+        kind: See `Block`.
+        source: See `Block`.
+        marker: Which group says that blocks follow, if one does.
+    """
 
     groups: tuple[tuple[Span, ...], ...]
     local: bool
     kind: BlockKind
     source: str = ""
+    marker: int | None = None
 
     @property
     def text(self) -> str:
@@ -123,16 +132,24 @@ def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -
     control = _control_tokens(tokenizer)
     groups = [group for draft in drafts for group in draft.groups]
     encoded = iter(_encode_groups(tokenizer, groups, control))
-    return [
-        Block(
-            token_ids=tuple(token for _ in draft.groups for token in next(encoded)),
-            text=draft.text,
-            local=draft.local,
-            kind=draft.kind,
-            source=draft.source,
-        )
-        for draft in drafts
-    ]
+    return [_block(draft, [next(encoded) for _ in draft.groups]) for draft in drafts]
+
+
+def _block(draft: Draft, ids: Sequence[Sequence[int]]) -> Block:
+    """The block of a draft whose groups have these token ids."""
+    marker = (0, 0, 0, 0)
+    if (number := draft.marker) is not None:
+        texts = ["".join(span.text for span in group) for group in draft.groups]
+        tokens, characters = sum(map(len, ids[:number])), sum(map(len, texts[:number]))
+        marker = (tokens, tokens + len(ids[number]), characters, characters + len(texts[number]))
+    return Block(
+        token_ids=tuple(token for group in ids for token in group),
+        text=draft.text,
+        local=draft.local,
+        kind=draft.kind,
+        source=draft.source,
+        marker=marker,
+    )
 
 
 def _encode_groups(

@@ -13,7 +13,7 @@ from blockrag.errors import PromptError
 
 __all__ = ["Block", "BlockKind", "SegmentedPrompt"]
 
-BlockKind = Literal["prefix", "passage", "separator", "turn", "query"]
+BlockKind = Literal["prefix", "passage", "separator", "turn", "query", "answer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,10 @@ class Block:
         text: Exactly what was tokenized, markup included.
         local: True: its tokens attend only to this block. False: they see everything before it as well.
         kind: What it is, for reports: the prefix, a passage (or demonstration, or piece of text), what separates two
-            passages, a turn, the query.
+            passages, a turn, the query, an answer.
         source: Id of the passage it shows, empty if it shows none.
+        marker: The first and the end of the tokens, and of the characters of `text`, that tell the model that blocks
+            follow; all 0 without such a marker. Full attention leaves them out.
     """
 
     token_ids: tuple[int, ...]
@@ -34,6 +36,18 @@ class Block:
     local: bool
     kind: BlockKind
     source: str = ""
+    marker: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def as_global(self) -> Block:
+        """The block under full attention: global, and without the marker that blocks follow."""
+        first, end, first_character, end_character = self.marker
+        return Block(
+            token_ids=self.token_ids[:first] + self.token_ids[end:],
+            text=self.text[:first_character] + self.text[end_character:],
+            local=False,
+            kind=self.kind,
+            source=self.source,
+        )
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -93,6 +107,7 @@ class SegmentedPrompt:
         return "".join(block.text for block in self.blocks)
 
     def as_full(self) -> SegmentedPrompt:
-        """The same tokens under full attention: everything in one global block."""
-        block = Block(token_ids=self.token_ids, text=self.text, local=False, kind="query")
+        """The same prompt under full attention: one global block, without the marker that blocks follow."""
+        seen = SegmentedPrompt(blocks=tuple(block.as_global() for block in self.blocks), stop=self.stop)
+        block = Block(token_ids=seen.token_ids, text=seen.text, local=False, kind="query")
         return SegmentedPrompt(blocks=(block,), stop=self.stop)

@@ -162,6 +162,35 @@ class PromptTemplate:
         ]
         return tuple(block for block in encode_drafts(tokenizer, drafts) if block.token_ids)
 
+    @property
+    def answer_opening(self) -> str:
+        """What stands between the text that asks for an answer and the answer ("Answer:" and " Thimphu")."""
+        before = self.assistant.before
+        return before.removeprefix(self.generation) if before.startswith(self.generation) else ""
+
+    def answer_block(self, tokenizer: PreTrainedTokenizerBase, answer: str) -> Block:
+        """An answer as the model is trained to write it behind a query block, what ends it included.
+
+        The end is the first of the template's stop strings that is one token of the tokenizer, or the tokenizer's
+        end-of-sequence token: what inference stops at.
+
+        Raises:
+            PromptError: The answer is empty, or neither the template nor the tokenizer has a token that ends it.
+        """
+        text = check_text("the answer", answer)
+        if not text.strip():
+            raise PromptError(f"the answer is empty ({text[:20]!r}); pass the text that the model is to write")
+        known = tokenizer.get_added_vocab()
+        end = next((stop for stop in self.stop if stop in known), str(tokenizer.eos_token or ""))
+        if not end:
+            raise PromptError(
+                f"nothing ends an answer: the tokenizer has no end-of-sequence token, and none of the stops "
+                f"{list(self.stop)} of template {self.name!r} is a token of it; set tokenizer.eos_token"
+            )
+        said = content(text.strip() if self.strip_turns else text)
+        groups = ((markup(self.answer_opening), said), (markup(end),))
+        return encode_drafts(tokenizer, [Draft(groups=groups, local=False, kind="answer")])[0]
+
     # -- Other prompts -------------------------------------------------------------------------------------------
 
     def segment_blocks(
@@ -365,7 +394,7 @@ class PromptTemplate:
         start = (markup(bos),) if bos and first.is_markup and first.text.startswith(bos) else ()
         rest = first.text.removeprefix(bos if start else "").removeprefix(self.block_attention_prefix)
         opened = (start, (markup(self.block_attention_prefix),), (Span(rest, first.is_markup), *spans), *groups)
-        return replace(draft, groups=tuple(group for group in opened if group))
+        return replace(draft, groups=tuple(group for group in opened if group), marker=1 if start else 0)
 
     @staticmethod
     def _resolve(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
