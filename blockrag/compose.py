@@ -15,7 +15,8 @@ Source: Block-Attention, arXiv 2409.15355, section 2.3 (position re-encoding).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from blockrag.kernels.place import CompiledPlacement, Rows
@@ -49,6 +50,9 @@ class Composition:
         num_tokens: Tokens of the whole run.
         ropes: What turns with position, per layer that keeps KV states.
         pool: Hot blocks on the cache's device.
+        restarts: Positions in the run, ascending from its first, at which keys are turned as if the prompt began there:
+            position 0, 1, ... anew. None turns them to their absolute positions, the method; the other is the paper's
+            ablation, and takes a second pass over the keys.
     """
 
     def __init__(
@@ -57,16 +61,21 @@ class Composition:
         num_tokens: int,
         ropes: Sequence[LayerRopes],
         pool: DevicePool[AtRest] | None = None,
+        restarts: Sequence[int] | None = None,
     ) -> None:
         self._cache = cache
         self.start = cache.num_tokens
         self.num_layers = len(ropes)
+        self._restarts, self._end = restarts, self.start + num_tokens
         # Keys and values of each layer in turn.
         self._rows: list[Rows] = []
         for layer, rope in zip(cache.kv_layers, ropes, strict=True):
             keys, values, start = _open_rows(layer, num_tokens, self.start)
             self._rows += (Rows(keys, start, rope.keys), Rows(values, start, rope.values))
-        end = self.start + num_tokens
+        end, turned = self._end, self._rows
+        if restarts is not None:
+            self._rows = [replace(rows, rope=RopeSpec()) for rows in turned]
+        self._turned = turned
         self._device = DevicePlacement.of(self._rows, end, pool)
         self._compiled = CompiledPlacement.of(self._rows, end) if self._device is None else None
 
@@ -122,10 +131,16 @@ class Composition:
     def finish(self) -> None:
         """Make the run ready to attend to; once, after the last block has been placed."""
         if self._device is not None:
-            may_defer = self._cache.may_defer
+            may_defer = self._cache.may_defer and self._restarts is None
             self._device.finish([layer.defer for layer in self._cache.kv_layers] if may_defer else None)
-            return
-        if self._compiled is None:
+        if self._restarts is not None:
+            for first, end in pairwise([*self._restarts, self._end]):
+                for rows in self._turned:
+                    # A windowed layer may lack a block's first tokens.
+                    kept = max(first, rows.start)
+                    if kept < end:
+                        rotate_(rows.states[:, kept - rows.start : end - rows.start], rows.rope, kept - first)
+        elif self._device is None and self._compiled is None:
             for rows in self._rows:
                 rotate_(rows.states, rows.rope, rows.start)
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args, overload
 
@@ -326,6 +326,7 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        reencode: bool = ...,
     ) -> Generation: ...
 
     @overload
@@ -338,6 +339,7 @@ class BlockModel:
         store: BlockStore | None = None,
         batch_size: int = ...,
         max_batch_bytes: int | None = None,
+        reencode: bool = ...,
     ) -> list[Generation]: ...
 
     def generate(
@@ -349,6 +351,7 @@ class BlockModel:
         store: BlockStore | None = None,
         batch_size: int = _BATCH_PROMPTS,
         max_batch_bytes: int | None = None,
+        reencode: bool = True,
     ) -> Generation | list[Generation]:
         """Answer one prompt, or each of several.
 
@@ -366,16 +369,19 @@ class BlockModel:
             batch_size: Prompts that decode together at most.
             max_batch_bytes: Bytes their caches may take together; by default an eighth of the memory, on a host at most
                 4 GiB. A prompt that needs more is answered by itself.
+            reencode: False leaves every passage at the positions 0, 1, ...: the paper's ablation, which answers worse.
 
         Raises:
             PromptTooLongError: A prompt exceeds what the model can place; none is answered.
             InputError: A limit is out of range.
         """
         if isinstance(prompt, SegmentedPrompt):
-            return self.stream(prompt, options, attention=attention, store=store).finish()
+            return self.stream(prompt, options, attention=attention, store=store, reencode=reencode).finish()
         nbytes = memory_share(self.model.device) if max_batch_bytes is None else max_batch_bytes
         limits = BatchLimits(prompts=batch_size, nbytes=nbytes)
-        return self._generate_all(list(prompt), options or GenerationOptions(), self._mode(attention), store, limits)
+        return self._generate_all(
+            list(prompt), options or GenerationOptions(), self._mode(attention), store, limits, reencode=reencode
+        )
 
     def stream(
         self,
@@ -384,9 +390,11 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        reencode: bool = True,
     ) -> ResultStream[Chunk, Generation]:
         """Answer one prompt piece by piece; see `generate`. Nothing runs before the first piece is asked for."""
-        return ResultStream(self._run(prompt, options or GenerationOptions(), self._mode(attention), store))
+        mode = self._mode(attention)
+        return ResultStream(self._run(prompt, options or GenerationOptions(), mode, store, reencode=reencode))
 
     async def agenerate(
         self,
@@ -414,7 +422,9 @@ class BlockModel:
         async for chunk in self.on_worker(self.stream(prompt, options, attention=attention, store=store)):
             yield chunk
 
-    def start(self, *, attention: Attention | None = None, store: BlockStore | None = None) -> RunningPrompt:
+    def start(
+        self, *, attention: Attention | None = None, store: BlockStore | None = None, reencode: bool = True
+    ) -> RunningPrompt:
         """An empty running prompt, for conversations: extend it, let it answer, extend it again, close it."""
         mode = self._mode(attention)
         return RunningPrompt(
@@ -426,6 +436,7 @@ class BlockModel:
             device_pool=self.device_pool,
             lock=self._lock,
             stop_ids=self.stop_ids,
+            reencode=reencode,
         )
 
     async def on_worker(self, pieces: ClosableIterator[T]) -> AsyncIterator[T]:
@@ -465,9 +476,15 @@ class BlockModel:
             )
 
     def _run(
-        self, prompt: SegmentedPrompt, options: GenerationOptions, attention: Attention, store: BlockStore | None
+        self,
+        prompt: SegmentedPrompt,
+        options: GenerationOptions,
+        attention: Attention,
+        store: BlockStore | None,
+        *,
+        reencode: bool,
     ) -> Generator[Chunk, None, Generation]:
-        running = self.start(attention=attention, store=store)
+        running = self.start(attention=attention, store=store, reencode=reencode)
         try:
             running.extend((prompt.as_full() if attention == "full" else prompt).blocks, room=options.max_new_tokens)
             return (yield from running.answer(options, prompt.stop))
@@ -481,12 +498,15 @@ class BlockModel:
         attention: Attention,
         store: BlockStore | None,
         limits: BatchLimits,
+        *,
+        reencode: bool,
     ) -> list[Generation]:
         if attention == "full":
             prompts = [prompt.as_full() for prompt in prompts]
+        alone = partial(self.stream, options=options, attention=attention, store=store, reencode=reencode)
         profile = self.profile
         if profile is None:
-            return [self.stream(prompt, options, attention=attention, store=store).finish() for prompt in prompts]
+            return [alone(prompt).finish() for prompt in prompts]
         groups = group_prompts(prompts, profile, options.max_new_tokens, dtype=self.model.dtype, limits=limits)
         if any(len(group) > 1 for group in groups) and not self._batches_exactly:
             groups = [[index] for index in range(len(prompts))]
@@ -496,12 +516,12 @@ class BlockModel:
         generations: dict[int, Generation] = {}
         for group in groups:
             if len(group) == 1:
-                answered = [self.stream(prompts[group[0]], options, attention=attention, store=store).finish()]
+                answered = [alone(prompts[group[0]]).finish()]
             else:
                 answered = answer_together(
                     [prompts[index] for index in group],
                     options,
-                    start=lambda: self.start(attention=attention, store=store),
+                    start=partial(self.start, attention=attention, store=store, reencode=reencode),
                     profile=profile,
                     pool=self._pool,
                 )

@@ -92,6 +92,9 @@ class RunningPrompt:
         device_pool: Hot blocks on the model's device.
         lock: Held during every forward: some models change their frequencies in it.
         stop_ids: Tokens that end an answer.
+        reencode: Whether passages are moved to their positions in the prompt. Without it the keys of every local block
+            stay at the positions 0, 1, ...: the paper's ablation ("w/o-pos"), of use for nothing but evaluation. Such a
+            prompt neither finds composed passages nor leaves any.
     """
 
     model: PreTrainedModel
@@ -102,6 +105,7 @@ class RunningPrompt:
     device_pool: DevicePool[AtRest] | None
     lock: AbstractContextManager[object]
     stop_ids: frozenset[int]
+    reencode: bool = True
     usage: Usage = field(default_factory=Usage)
     timings: GenerationTimings = field(default_factory=GenerationTimings)
     token_ids: list[int] = field(default_factory=list)
@@ -258,7 +262,7 @@ class RunningPrompt:
 
     def _opening_of(self, leading: list[Block]) -> _Opening | None:
         source, regime = self.source, self._regime
-        if source is None or regime is None or not self.pool.max_kept_bytes:
+        if source is None or regime is None or not self.pool.max_kept_bytes or not self.reencode:
             return None
         keys = tuple(source.key(block.token_ids, regime) for block in leading if block.token_ids)
         num_tokens = sum(len(block.token_ids) for block in leading)
@@ -289,7 +293,8 @@ class RunningPrompt:
             raise AssertionError("local blocks need a model that can compose")
         lengths = [len(block.token_ids) for block in blocks]
         starts = list(accumulate(lengths[:-1], initial=len(self.token_ids)))
-        composition = Composition(self.cache, sum(lengths), self._regime.ropes, self.device_pool)
+        restarts = None if self.reencode else starts
+        composition = Composition(self.cache, sum(lengths), self._regime.ropes, self.device_pool, restarts)
         self.source.fetch(
             blocks,
             self._regime,
