@@ -37,8 +37,10 @@ __all__ = [
     "Question",
     "RagLine",
     "line_to_json",
+    "parse_candidate",
     "parse_json",
     "parse_line",
+    "parse_question",
     "read_lines",
     "read_rag_lines",
     "scan_lines",
@@ -274,17 +276,24 @@ def _rag_line(fields: Mapping[str, Any], where: str) -> RagLine:
         raw = fields["questions"]
         if not isinstance(raw, list) or not raw:
             raise DataError(f"{where}: questions must be a list with at least one object, got {raw!r:.60}")
-        questions = tuple(_question(item, f"{where}, question {number}") for number, item in enumerate(raw, start=1))
+        questions = tuple(
+            parse_question(item, f"{where}, question {number}") for number, item in enumerate(raw, start=1)
+        )
         own_id = _text(fields, "id", where, default="")
     else:
         _known(fields, {"passages", "question", "answers", "response", "kind", "id"}, where)
-        questions = (_question({name: value for name, value in fields.items() if name != "passages"}, where),)
+        questions = (parse_question({name: value for name, value in fields.items() if name != "passages"}, where),)
         own_id = ""
-    candidates = tuple(_candidate(item, number, where) for number, item in enumerate(passages, start=1))
+    candidates = tuple(parse_candidate(item, number, where) for number, item in enumerate(passages, start=1))
     return RagLine(passages=candidates, questions=questions, id=own_id)
 
 
-def _question(fields: object, where: str) -> Question:
+def parse_question(fields: object, where: str) -> Question:
+    """A question from its JSON value; see `parse_line`.
+
+    Raises:
+        DataError: A field is malformed.
+    """
     if not isinstance(fields, dict):
         raise DataError(f"{where}: a question must be an object, got {fields!r:.60}")
     _known(fields, {"question", "answers", "response", "kind", "id"}, where)
@@ -301,7 +310,12 @@ def _question(fields: object, where: str) -> Question:
     )
 
 
-def _candidate(fields: object, number: int, where: str) -> Candidate:
+def parse_candidate(fields: object, number: int, where: str) -> Candidate:
+    """The passage of this number in its line from its JSON value; see `parse_line`.
+
+    Raises:
+        DataError: A field is malformed.
+    """
     where = f"{where}, passage {number}"
     if not isinstance(fields, dict):
         raise DataError(f"{where}: must be an object with a text, got {fields!r:.60}")
