@@ -5,7 +5,7 @@ What such records have besides (where they come from, which model wrote them) is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blockrag.errors import DataError
@@ -23,8 +23,8 @@ def read_chat(path: str | Path, *, left_out: LeftOut = nobody_asks) -> Iterator[
 
     Args:
         path: Parquet (allenai/tulu-3-sft-mixture), JSON lines or a JSON list.
-        left_out: Told of every conversation that is left out: with tool messages, with an empty one, or without an
-            answer at its end.
+        left_out: Told of every conversation that is left out: with tool messages, with an empty one, without an
+            answer at its end, or whose turns are not user and assistant by turns behind an optional system message.
 
     Raises:
         DataError: A record is malformed; names the file and the record.
@@ -37,11 +37,18 @@ def read_chat(path: str | Path, *, left_out: LeftOut = nobody_asks) -> Iterator[
             left_out("conversation with an empty message")
         elif not messages or messages[-1]["role"] != "assistant":
             left_out("conversation without an answer")
+        elif not _takes_turns([message["role"] for message in messages]):
+            left_out("conversation out of turn")
         else:
             identity = record.identity("id")
             line = parse_line({"messages": messages} | ({"id": identity} if identity else {}), record.where)
             if isinstance(line, ChatLine):
                 yield line
+
+
+def _takes_turns(roles: Sequence[str]) -> bool:
+    spoken = roles[1:] if roles[0] == "system" else roles
+    return all(role == ("user", "assistant")[number % 2] for number, role in enumerate(spoken))
 
 
 def _message(record: Record, number: int, item: object) -> dict[str, str]:

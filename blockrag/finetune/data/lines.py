@@ -255,8 +255,9 @@ def line_to_json(line: Line) -> dict[str, object]:
         return {**own, "blocks": list(line.blocks), "response": line.response}
     passages = [_candidate_to_json(candidate) for candidate in line.passages]
     questions = [_question_to_json(question) for question in line.questions]
-    if len(questions) == 1 and not (own and "id" in questions[0]):
-        return {**own, "passages": passages, **questions[0]}
+    # An id beside a single question is the question's.
+    if len(questions) == 1 and not own:
+        return {"passages": passages, **questions[0]}
     return {**own, "passages": passages, "questions": questions}
 
 

@@ -1,0 +1,349 @@
+"""Responses written by a model: what the trained model is to say, in place of the bare answer.
+
+The published data was answered by a large instruction model over the same passages. A teacher here is a `BlockModel`,
+which is asked in its own template, or a server that speaks the OpenAI API, which is asked in the one wording of
+`rag_messages`. Answering thousands of questions takes hours, so the output grows line by line and a run that was
+killed goes on behind its last whole line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from io import BufferedRandom
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from blockrag.errors import DataError, InputError, MissingDependencyError, PromptTooLongError
+from blockrag.evaluation.metrics import substring_match
+from blockrag.finetune.data.lines import Question, RagLine, line_to_json, parse_json, parse_line, read_rag_lines
+from blockrag.finetune.data.ranking import split_questions
+from blockrag.prompt import TEMPLATES
+from blockrag.prompt.registry import INSTRUCTION, SYSTEM
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from blockrag.model.block_model import Attention, BlockModel
+    from blockrag.model.sampling import GenerationOptions
+
+__all__ = [
+    "AnswerReport",
+    "ModelTeacher",
+    "ServedTeacher",
+    "Teacher",
+    "WithoutAnswer",
+    "answer_file",
+    "rag_messages",
+]
+
+WithoutAnswer = Literal["keep", "gold", "drop"]
+"""What becomes of a response that holds none of the answers: it is kept, the first answer takes its place, or the
+question is dropped. An empty response cannot be kept: its question is dropped."""
+
+
+class Teacher(Protocol):
+    """Writes responses."""
+
+    def respond(self, lines: Iterable[RagLine]) -> Iterator[str]:
+        """A response to each line, in order; empty where the teacher refuses the line.
+
+        Args:
+            lines: Lines with one question each; read only as far ahead as the teacher works.
+        """
+        ...
+
+
+class ModelTeacher:
+    """A `BlockModel` as the teacher; it sees the prompt it would see at inference.
+
+    Args:
+        model: The model.
+        options: How to generate.
+        attention: "block" or "full"; None for the model's own.
+        batch_size: Questions answered together.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        options: GenerationOptions,
+        *,
+        attention: Attention | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self._model, self._options, self._attention = model, options, attention
+        self._batch_size = batch_size
+
+    def respond(self, lines: Iterable[RagLine]) -> Iterator[str]:
+        """See `Teacher`; a prompt that is too long for the model is refused."""
+        lines = iter(lines)
+        while batch := list(islice(lines, self._batch_size)):
+            try:
+                yield from self._generate(batch)
+            except PromptTooLongError:
+                for line in batch:
+                    yield self._alone(line)
+
+    def _alone(self, line: RagLine) -> str:
+        try:
+            return self._generate([line])[0]
+        except PromptTooLongError:
+            return ""
+
+    def _generate(self, lines: Sequence[RagLine]) -> list[str]:
+        prompts = [
+            self._model.template.segment(
+                self._model.tokenizer,
+                passages=[candidate.passage for candidate in line.passages],
+                question=line.questions[0].question,
+            )
+            for line in lines
+        ]
+        found = self._model.generate(prompts, self._options, attention=self._attention, batch_size=self._batch_size)
+        return [one.text.strip() for one in found]
+
+
+class ServedTeacher:
+    """A server that speaks the OpenAI API as the teacher.
+
+    Args:
+        base_url: Its address, with the `/v1` where it has one.
+        model: The model's name there.
+        api_key: Its key; servers of one's own often want none.
+        max_tokens: Most tokens of a response.
+        temperature: 0 for greedy decoding.
+        concurrency: Requests under way at once.
+        max_retries: How often the client repeats a request that failed for a passing reason.
+
+    Raises:
+        MissingDependencyError: The openai package is not installed.
+        InputError: `concurrency` is below 1.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str = "none",
+        max_tokens: int = 200,
+        temperature: float = 0.0,
+        concurrency: int = 8,
+        max_retries: int = 5,
+    ) -> None:
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise MissingDependencyError(
+                "a teacher behind an address is asked with the openai package; install it with: "
+                "pip install 'blockrag[data]'"
+            ) from error
+        if concurrency < 1:
+            raise InputError(f"concurrency must be at least 1, got {concurrency}")
+        self._client: OpenAI = OpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries)
+        self._base_url, self._model = base_url, model
+        self._max_tokens, self._temperature, self._concurrency = max_tokens, temperature, concurrency
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def respond(self, lines: Iterable[RagLine]) -> Iterator[str]:
+        """See `Teacher`; a request that the server calls bad (too long, filtered) is refused.
+
+        Raises:
+            InputError: The server cannot be reached, or refuses to serve at all.
+        """
+        waiting: deque[Future[str]] = deque()
+        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="teacher")
+        try:
+            for line in lines:
+                waiting.append(pool.submit(self._ask, line))
+                # One answer that takes long must not leave the other threads without work.
+                if len(waiting) >= 2 * self._concurrency:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _ask(self, line: RagLine) -> str:
+        import openai
+
+        try:
+            completion = self._client.chat.completions.create(
+                model=self._model,
+                messages=rag_messages(line),  # type: ignore[arg-type]
+                max_tokens=self._max_tokens,
+                temperature=self._temperature,
+            )
+        except (openai.BadRequestError, openai.UnprocessableEntityError):
+            return ""
+        except openai.OpenAIError as error:
+            raise InputError(
+                f"the teacher {self._model!r} at {self._base_url} does not answer ({type(error).__name__}: {error}); "
+                "check address, model and key, and run the same command again: it goes on from here"
+            ) from error
+        return (completion.choices[0].message.content or "").strip() if completion.choices else ""
+
+
+def rag_messages(line: RagLine) -> list[dict[str, str]]:
+    """The RAG prompt as messages: the published system text, then the documents and the published instruction.
+
+    Args:
+        line: A line with one question.
+    """
+    form = TEMPLATES["tulu"]
+    documents = "".join(
+        (form.passage if one.passage.title.strip() else form.passage_untitled)
+        .replace("{title}", one.passage.title.strip(), 1)
+        .replace("{text}", one.passage.text.strip(), 1)
+        for one in line.passages
+    )
+    question = INSTRUCTION.replace("{question}", line.questions[0].question.strip())
+    return [
+        {"role": "system", "content": SYSTEM.strip()},
+        {"role": "user", "content": f"{documents}\n{question}"},
+    ]
+
+
+@dataclass(slots=True)
+class AnswerReport:
+    """What a run did; all but `lines_before` count questions.
+
+    Args:
+        lines_before: Lines that the output had already.
+        responses: Responses written as the teacher gave them.
+        with_answer: How many of these hold an answer.
+        replaced: Responses that the first answer took the place of.
+        dropped: Questions left out, because of what the response lacks or because there is none.
+    """
+
+    lines_before: int = 0
+    responses: int = 0
+    with_answer: int = 0
+    replaced: int = 0
+    dropped: int = 0
+
+
+def answer_file(
+    source: str | Path,
+    target: str | Path,
+    teacher: Teacher,
+    *,
+    without_answer: WithoutAnswer = "keep",
+    progress: Callable[[AnswerReport], None] = lambda report: None,
+) -> AnswerReport:
+    """Write the lines of a file with a teacher's responses.
+
+    Args:
+        source: RAG lines.
+        target: Continued if it is there. A line none of whose questions is left is left out.
+        teacher: Who responds.
+        without_answer: What becomes of responses that hold no answer, by Substr-EM.
+        progress: Called with the counts so far after each line.
+
+    Raises:
+        DataError: The source is malformed, the target cannot be written, or holds something else.
+        InputError: Source and target are one file, or the teacher does not answer. What was written stays.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError(f"the responses would overwrite {source}, which they answer; pass another output")
+    lines = (line for _, line in read_rag_lines(source))
+    report = AnswerReport()
+    with _continued(target, lines, report) as file:
+        for line, responses in _answered(lines, teacher):
+            kept = _kept(line, responses, without_answer, report)
+            if kept is not None:
+                _append(target, file, kept)
+            progress(report)
+    return report
+
+
+def _answered(lines: Iterator[RagLine], teacher: Teacher) -> Iterator[tuple[RagLine, list[str]]]:
+    """Each line with the responses to its questions; the teacher may work several lines ahead."""
+    begun: deque[RagLine] = deque()
+
+    def questions() -> Iterator[RagLine]:
+        for line in lines:
+            begun.append(line)
+            yield from split_questions(line)
+
+    responses: list[str] = []
+    for response in teacher.respond(questions()):
+        responses.append(response)
+        if len(responses) == len(begun[0].questions):
+            yield begun.popleft(), responses
+            responses = []
+
+
+def _kept(line: RagLine, responses: Sequence[str], policy: WithoutAnswer, report: AnswerReport) -> RagLine | None:
+    questions: list[Question] = []
+    for question, response in zip(line.questions, responses, strict=True):
+        holds = substring_match(response, question.answers)
+        if response and (holds or policy == "keep"):
+            report.responses += 1
+            report.with_answer += holds
+            questions.append(replace(question, response=response))
+        elif policy == "gold":
+            report.replaced += 1
+            questions.append(replace(question, response=""))
+        else:
+            report.dropped += 1
+    return replace(line, questions=tuple(questions)) if questions else None
+
+
+def _continued(target: Path, lines: Iterator[RagLine], report: AnswerReport) -> BufferedRandom:
+    """Open the target behind its last whole line, with the source read past the lines that are done."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.open("r+b") if target.exists() else target.open("w+b")
+    except OSError as error:
+        raise DataError(f"cannot write {target} ({error.strerror}); pass another output") from error
+    try:
+        end = 0
+        for number, data in enumerate(file, start=1):
+            if not data.endswith(b"\n"):
+                # Cut off when the run was killed.
+                break
+            where = f"{target}, line {number}"
+            done = parse_line(parse_json(data, where), where)
+            # Lines that are not in the target were dropped.
+            if not any(_answers(done, line) for line in lines):
+                raise DataError(
+                    f"{where}: does not answer what the source asks there; pass another output, or delete this one to "
+                    "begin anew"
+                )
+            end += len(data)
+            report.lines_before += 1
+        file.truncate(end)
+        file.seek(end, os.SEEK_SET)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _append(target: Path, file: BufferedRandom, line: RagLine) -> None:
+    try:
+        file.write(json.dumps(line_to_json(line), ensure_ascii=False).encode() + b"\n")
+        file.flush()
+    except OSError as error:
+        raise DataError(
+            f"cannot write {target} ({error.strerror}); make room and run the same command again"
+        ) from error
+
+
+def _answers(done: object, line: RagLine) -> bool:
+    """Whether a line of the target is that line of the source, answered; some of its questions may be dropped."""
+    if not isinstance(done, RagLine) or (done.passages, done.id) != (line.passages, line.id):
+        return False
+    asked = iter(replace(question, response="") for question in line.questions)
+    return all(replace(question, response="") in asked for question in done.questions)
