@@ -95,6 +95,16 @@ class Rows(Dataset[Row]):
         """Tokens of all rows, padding left out."""
         return sum(self._samples[number].num_tokens for row in self._rows for number, _ in row)
 
+    def longest(self) -> tuple[int, int]:
+        """Most local blocks, and most positions from the first block to the end of a question, of any item."""
+        blocks = max(len(sample.blocks) for sample in self._samples)
+        positions = max(
+            item.sample.shared_tokens + sum(item.gaps) + max(map(len, item.sample.branches))
+            for index in range(len(self))
+            for item in self[index]
+        )
+        return blocks, positions
+
     def _item(self, number: int, attention: Attention) -> Item:
         sample = self._samples[number]
         if attention == "full":

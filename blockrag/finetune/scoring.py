@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional
 
 from blockrag.errors import InputError
-from blockrag.finetune.collate import collate, labelled_columns, layout_of, spans_of
+from blockrag.finetune.collate import collate, layout_of, spans_of
+from blockrag.finetune.loss import labelled_columns
 from blockrag.finetune.rows import Item
 from blockrag.finetune.samples import Sample
 from blockrag.model.masks import mask_argument

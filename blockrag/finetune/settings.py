@@ -11,7 +11,10 @@ from blockrag.errors import InputError
 from blockrag.finetune.loss import Reduction
 from blockrag.finetune.rows import Order, Variants
 
-__all__ = ["PRESETS", "FinetuneSettings", "Schedule"]
+__all__ = ["BLOCK_PREFIX", "PRESETS", "FinetuneSettings", "Schedule"]
+
+BLOCK_PREFIX = "[Block-Attention]"
+"""What the published checkpoints were trained with; plain text, no token of its own."""
 
 Schedule: TypeAlias = Literal["constant", "linear", "cosine", "hold-then-linear"]
 
@@ -23,7 +26,8 @@ class FinetuneSettings:
     Args:
         variants: In which attention every sample is trained; see `Rows`.
         block_prefix: Text at the front of block 0 under block attention, in training and from then on in every prompt;
-            empty for none. Full attention has none.
+            empty for none. By default what the model was block-fine-tuned with, or else "[Block-Attention]". Full
+            attention has none.
         max_tokens: Longest sample, and longest packed row.
         pack: Put samples behind each other in rows of up to `max_tokens`. With dense masks, as on a CPU, long rows cost
             quadratically and are better left short.
@@ -60,7 +64,7 @@ class FinetuneSettings:
     """
 
     variants: Variants = "both"
-    block_prefix: str = "[Block-Attention]"
+    block_prefix: str | None = None
     max_tokens: int = 4096
     pack: bool = False
     order: Order = "shuffled"
@@ -82,7 +86,7 @@ class FinetuneSettings:
     bf16: bool = False
     gradient_checkpointing: bool = False
     lora_rank: int = 0
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     lora_dropout: float = 0.0
     eval_steps: int = 0
     save_steps: int = 0
@@ -118,7 +122,7 @@ class FinetuneSettings:
 PRESETS: Mapping[str, tuple[str, FinetuneSettings]] = MappingProxyType(
     {
         "paper": (
-            "arXiv 2409.15355, section 3.1: both attentions, learning rate 2e-5, batch 64, 20 steps of warm-up, 1 epoch",
+            "arXiv 2409.15355, section 3.1: both attentions, learning rate 2e-5, batch 64, 20 warm-up steps, 1 epoch",
             FinetuneSettings(learning_rate=2e-5, warmup=20, schedule="constant", accumulate=64),
         ),
         "tulu3": (

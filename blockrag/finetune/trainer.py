@@ -5,12 +5,15 @@ Everything else is the Trainer's: optimizer, schedule, accumulation, mixed preci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from blockrag.errors import InputError
 from blockrag.finetune.collate import Collator, layout_of
 from blockrag.finetune.loss import Reduction, denominator, labelled_columns, summed_loss
 from blockrag.finetune.scoring import Mode, Score, score
@@ -18,12 +21,30 @@ from blockrag.model.masks import mask_argument
 from blockrag.model.profile import structure_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
     from blockrag.finetune.rows import Rows
     from blockrag.finetune.samples import Sample
 
-__all__ = ["BlockTrainer", "summarize"]
+__all__ = ["BlockTrainer", "StopsOnNaN", "summarize"]
+
+
+class StopsOnNaN(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose loss is no number any more: what it would save is lost."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called by the Trainer with every line of its log.
+
+        Raises:
+            InputError: The loss or the gradient's norm is not finite.
+        """
+        for name in ("loss", "grad_norm"):
+            value = kwargs["logs"].get(name, 0.0)
+            if not math.isfinite(value):
+                raise InputError(
+                    f"{name} is {value} at step {state.global_step}: the run has diverged; lower --learning-rate, "
+                    "or compute in float32 or bfloat16"
+                )
 
 
 class BlockTrainer(Trainer):  # type: ignore[misc]
@@ -58,6 +79,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=arguments,
             train_dataset=rows,
+            # Scored by `evaluate`; the Trainer only asks whether there is something.
+            eval_dataset=list(evaluated) or None,
             data_collator=collator,
             processing_class=tokenizer,
             callbacks=list(callbacks),
@@ -74,7 +97,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and what their loss is divided by, over all processes."""
-        batches = [batch for batch, _ in zip(epoch_iterator, range(num_batches), strict=False)]
+        batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         divisor = denominator(batches, self._reduction).to(device)
@@ -104,9 +127,8 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         if num_items_in_batch is None:
             num_items_in_batch = denominator([inputs], self._reduction)
         # Processes average their gradients, where the loss of the step is their sum.
-        loss = summed_loss(outputs.logits, labels, batch["weights"], columns) * (
-            self.args.world_size / float(num_items_in_batch)
-        )
+        loss = summed_loss(outputs.logits, labels, batch["weights"], columns)
+        loss = loss * self.args.world_size / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(
@@ -121,7 +143,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
                 metrics[f"{metric_key_prefix}_{mode}_{name}"] = value
         self.model.train()
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _scores(self, mode: Mode) -> list[Score]:

@@ -1,0 +1,424 @@
+"""`finetune`: from a model and data files to a directory that loads with plain transformers and with blockrag."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from blockrag.errors import InputError, MissingDependencyError
+from blockrag.finetune.collate import Collator
+from blockrag.finetune.data.lines import read_lines
+from blockrag.finetune.rows import Rows
+from blockrag.finetune.samples import Sample, fitted, samples_of
+from blockrag.finetune.saving import CHECKPOINTS, FactsInCheckpoints, data_file, save_finetuned, versions
+from blockrag.finetune.settings import BLOCK_PREFIX, FinetuneSettings
+from blockrag.finetune.trainer import BlockTrainer, StopsOnNaN
+from blockrag.model.facts import BlockAttentionFacts
+from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
+from blockrag.prompt import template_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+    from blockrag.prompt import PromptTemplate
+
+__all__ = ["Finetuned", "TooLong", "finetune", "read_samples"]
+
+logger = logging.getLogger(__name__)
+
+TooLong = Literal["error", "skip"]
+
+_FLEX_MULTIPLE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """What a run left.
+
+    Args:
+        path: The directory.
+        steps: Optimizer steps, those before a resumption included.
+        samples: Samples trained on.
+        skipped: Lines left out because they were too long.
+        seconds: Wall-clock seconds of this call's training.
+        history: The Trainer's log: losses, learning rates, evaluations.
+    """
+
+    path: Path
+    steps: int
+    samples: int
+    skipped: int
+    seconds: float
+    history: tuple[dict[str, Any], ...]
+
+
+def finetune(
+    model: str | Path,
+    data: Sequence[str | Path],
+    out: str | Path,
+    settings: FinetuneSettings | None = None,
+    *,
+    eval_data: Sequence[str | Path] = (),
+    eval_limit: int = 200,
+    template: PromptTemplate | None = None,
+    resume: bool = False,
+    too_long: TooLong = "error",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    save_dtype: str | torch.dtype = "auto",
+    distributed_config: Path | None = None,
+    revision: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Finetuned:
+    """Fine-tune a model for block attention.
+
+    With several GPUs, start it with `accelerate launch` or `torchrun`; every process calls this function.
+
+    Args:
+        model: A directory or a hub id.
+        data: Files of JSON lines; see `blockrag.finetune.data.lines`.
+        out: The directory to write; see `blockrag.finetune.saving`.
+        settings: The numbers; by default the paper's.
+        eval_data: Files of lines to score in both attentions while training.
+        eval_limit: Most lines of them.
+        template: How prompts are built; by default the model's own, with `settings.block_prefix`.
+        resume: Go on from the last checkpoint in `out`.
+        too_long: Whether a sample beyond `settings.max_tokens` is an error or left out.
+        device: "auto", "cpu", "cuda", ...
+        dtype: Of the weights while training. "auto" is float32; for adapters on a GPU the checkpoint's own.
+        save_dtype: Of the saved weights; "auto" is the checkpoint's own.
+        distributed_config: A DeepSpeed (JSON) file for the Trainer; FSDP is configured through accelerate.
+        revision: Branch, tag or commit on the hub.
+        callbacks: Of the Trainer.
+
+    Raises:
+        DataError: A line cannot be used; nothing is written.
+        InputError: The model does not exist, `out` holds a model and `resume` is off, or there is nothing to resume.
+        UnsupportedModelError: The model has layers that keep other states than keys and values.
+        MissingDependencyError: accelerate, or peft for adapters, is not installed.
+    """
+    settings = settings or FinetuneSettings(learning_rate=2e-5, warmup=20, schedule="constant", accumulate=64)
+    out = Path(out)
+    checkpoint = _checkpoint(out, resume=resume)
+    _require("accelerate", "fine-tuning")
+    placed = resolve_device(device)
+    chosen = _train_dtype(dtype, placed, settings)
+    base, tokenizer, known = load_pretrained(model, device=placed, dtype=chosen, revision=revision)
+    kept = _saved_dtype(base, save_dtype, revision)
+    shown = _template(template, known, tokenizer, settings)
+    samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
+    evaluated, _ = read_samples(eval_data, shown, tokenizer, settings.max_tokens, "skip", limit=eval_limit)
+    rows = Rows(
+        samples,
+        variants=settings.variants,
+        pack_tokens=settings.max_tokens if settings.pack else None,
+        order=settings.order,
+        max_gap=settings.max_gap,
+        seed=settings.seed,
+    )
+    flexible = _use_flex(base, placed)
+    trained = _with_adapters(base, settings) if settings.lora_rank else base
+    trained.train()
+    facts = _facts(known, shown, rows, settings)
+    arguments = _arguments(out, settings, len(rows), placed, distributed_config, has_eval=bool(evaluated))
+    trainer = BlockTrainer(
+        trained,
+        base,
+        arguments,
+        rows,
+        Collator(_pad_id(tokenizer), settings.prompt_weight, _FLEX_MULTIPLE if flexible else 1),
+        reduction=settings.reduction,
+        tokenizer=tokenizer,
+        evaluated=evaluated,
+        callbacks=[FactsInCheckpoints(facts), StopsOnNaN(), *callbacks],
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - started
+    if evaluated and not (settings.eval_steps and trainer.state.global_step % settings.eval_steps == 0):
+        trainer.evaluate()
+    history = tuple(trainer.state.log_history)
+    passes = trainer.state.global_step * settings.batch_rows * settings.accumulate * arguments.world_size / len(rows)
+    log = {
+        "name": out.name,
+        "base": Path(model).name if Path(model).exists() else str(model),
+        "settings": settings.to_dict(),
+        "template": shown.name,
+        "data": [data_file(Path(path), sum(1 for _ in read_lines(path))) for path in data],
+        "eval_data": [data_file(Path(path), sum(1 for _ in read_lines(path))) for path in eval_data],
+        "samples": len(samples),
+        "skipped": skipped,
+        "rows": len(rows),
+        "parameters": sum(weight.numel() for weight in base.parameters()),
+        "steps": trainer.state.global_step,
+        "tokens_seen": round(passes * rows.num_tokens),
+        "seconds": round(seconds, 1),
+        "processes": arguments.world_size,
+        "device": placed.type,
+        "versions": versions(),
+        "history": list(history),
+    }
+    _save(trainer, out, trained, tokenizer, facts, log, kept)
+    return Finetuned(out, trainer.state.global_step, len(samples), skipped, seconds, history)
+
+
+def read_samples(
+    paths: Iterable[str | Path],
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    too_long: TooLong,
+    *,
+    limit: int | None = None,
+) -> tuple[list[Sample], int]:
+    """The samples of data files.
+
+    Args:
+        paths: The files.
+        template: The template.
+        tokenizer: The tokenizer.
+        max_tokens: Longest sample; the questions of a line are shared out to several where they do not fit into one.
+        too_long: Whether a question that does not fit with its passages is an error or left out.
+        limit: Most lines.
+
+    Returns:
+        The samples, and how many lines had something left out.
+
+    Raises:
+        DataError: A line cannot be used; names the file and the line.
+    """
+    lines = ((f"{path}, line {number}", line) for path in paths for number, line in read_lines(path))
+    samples: list[Sample] = []
+    skipped = 0
+    for where, line in islice(lines, limit):
+        found = samples_of(line, template, tokenizer, where)
+        if too_long == "error":
+            samples.extend(fitted(found, max_tokens))
+            continue
+        kept, left_out = _that_fit(found, max_tokens)
+        samples.extend(kept)
+        skipped += left_out
+    if skipped:
+        logger.warning("%d lines hold questions of more than %d tokens; those were left out", skipped, max_tokens)
+    return samples, skipped
+
+
+def _that_fit(samples: Iterator[Sample], max_tokens: int) -> tuple[list[Sample], bool]:
+    kept: list[Sample] = []
+    left_out = False
+    for sample in samples:
+        branches = tuple(branch for branch in sample.branches if sample.shared_tokens + len(branch) <= max_tokens)
+        left_out |= len(branches) < len(sample.branches)
+        if branches:
+            kept.extend(fitted([replace(sample, branches=branches)], max_tokens))
+    return kept, left_out
+
+
+def _checkpoint(out: Path, *, resume: bool) -> Path | None:
+    """The last checkpoint of `out` to go on from, None to begin.
+
+    Raises:
+        InputError: There is something and `resume` is off, or nothing and it is on.
+    """
+    found = sorted(
+        (path for path in (out / CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
+    if resume:
+        if not found:
+            raise InputError(f"there is no checkpoint in {str(out / CHECKPOINTS)!r} to resume from; leave --resume out")
+        return found[-1]
+    if found or (out / "config.json").exists():
+        raise InputError(f"{str(out)!r} holds a run already; pass --resume to go on with it, or another --output")
+    return None
+
+
+def _require(package: str, purpose: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MissingDependencyError(f"{purpose} needs {package}; run: pip install 'blockrag[finetune]'")
+
+
+def _train_dtype(dtype: str | torch.dtype, device: torch.device, settings: FinetuneSettings) -> torch.dtype | str:
+    if dtype == "auto":
+        return "auto" if settings.lora_rank and device.type == "cuda" else torch.float32
+    return resolve_dtype(dtype, device)
+
+
+def _saved_dtype(model: PreTrainedModel, save_dtype: str | torch.dtype, revision: str | None) -> torch.dtype:
+    from transformers import AutoConfig
+
+    if save_dtype != "auto":
+        chosen = resolve_dtype(save_dtype, model.device)
+        if isinstance(chosen, torch.dtype):
+            return chosen
+    said = AutoConfig.from_pretrained(model.config._name_or_path, revision=revision).dtype
+    return said if isinstance(said, torch.dtype) else model.dtype
+
+
+def _template(
+    template: PromptTemplate | None,
+    known: BlockAttentionFacts,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: FinetuneSettings,
+) -> PromptTemplate:
+    found = template or known.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
+    prefix = settings.block_prefix
+    if prefix is None:
+        # What a model was block-fine-tuned with stays; one that was not gets the published text.
+        prefix = found.block_attention_prefix if known.block_fine_tuned else BLOCK_PREFIX
+    return found if settings.variants == "full" else replace(found, block_attention_prefix=prefix)
+
+
+def _facts(
+    known: BlockAttentionFacts, template: PromptTemplate, rows: Rows, settings: FinetuneSettings
+) -> BlockAttentionFacts:
+    if settings.variants == "full":
+        return replace(known, template=template, block_fine_tuned=known.block_fine_tuned or False)
+    blocks, tokens = rows.longest()
+    return BlockAttentionFacts(block_fine_tuned=True, template=template, max_blocks=blocks, max_tokens=tokens)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any token does: padding is seen by nobody and trained by nobody."""
+    pad_id: int = tokenizer.pad_token_id or 0
+    return pad_id
+
+
+def _use_flex(model: PreTrainedModel, device: torch.device) -> bool:
+    """FlexAttention on a GPU where the model has it; elsewhere the dense mask of the attention it was loaded with."""
+    if device.type != "cuda" or not getattr(model, "_supports_flex_attn", False):
+        return False
+    model.set_attn_implementation("flex_attention")
+    return True
+
+
+def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> Any:
+    _require("peft", "training adapters")
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(settings.seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _arguments(
+    out: Path, settings: FinetuneSettings, rows: int, device: torch.device, deepspeed: Path | None, *, has_eval: bool
+) -> TrainingArguments:
+    from transformers import SchedulerType, TrainingArguments
+    from transformers.utils import logging as transformers_logging
+
+    arguments = TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        per_device_train_batch_size=settings.batch_rows,
+        per_device_eval_batch_size=max(4, settings.batch_rows),
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        logging_steps=settings.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if has_eval and settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=settings.save_limit,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        train_sampling_strategy="sequential" if settings.order == "file" else "random",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=not transformers_logging.is_progress_bar_enabled(),
+        deepspeed=None if deepspeed is None else str(deepspeed),
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+    )
+    if arguments.n_gpu > 1:
+        # Started without `accelerate launch`: one GPU, rather than the Trainer's DataParallel, which splits layouts.
+        arguments._n_gpu = 1
+    steps = settings.steps or _steps_of(arguments, rows, settings)
+    name, arguments.lr_scheduler_kwargs = _schedule(settings, steps)
+    arguments.lr_scheduler_type = SchedulerType(name)
+    return arguments
+
+
+def _steps_of(arguments: TrainingArguments, rows: int, settings: FinetuneSettings) -> int:
+    """Optimizer steps of whole epochs, as the Trainer counts them."""
+    batches = math.ceil(math.ceil(rows / settings.batch_rows) / arguments.world_size)
+    return math.ceil(settings.epochs * max(1, math.ceil(batches / settings.accumulate)))
+
+
+def _schedule(settings: FinetuneSettings, steps: int) -> tuple[str, dict[str, Any]]:
+    """The schedule's name in transformers, and its arguments."""
+    if settings.schedule == "hold-then-linear":
+        falling = max(1, round(steps * settings.decay))
+        return "warmup_stable_decay", {"num_decay_steps": falling, "min_lr_ratio": 0.02, "decay_type": "linear"}
+    return {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule), {}
+
+
+def _save(
+    trainer: BlockTrainer,
+    out: Path,
+    trained: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: BlockAttentionFacts,
+    log: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Write the directory, from the first process."""
+    gathered: Path | None = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        # Weights that are shared out over the processes are gathered by the Trainer, by all of them together.
+        gathered = out / CHECKPOINTS / "gathered"
+        trainer.save_model(str(gathered))
+    if not trainer.is_world_process_zero():
+        return
+
+    def write_weights(directory: Path) -> None:
+        model = trained if gathered is None else _reloaded(gathered, adapters=hasattr(trained, "merge_and_unload"))
+        if hasattr(model, "merge_and_unload"):
+            model.save_pretrained(directory / "adapter")
+            model = model.merge_and_unload()
+        model.eval().to(dtype).save_pretrained(directory)
+
+    save_finetuned(out, write_weights, tokenizer, facts, log)
+    if gathered is not None:
+        shutil.rmtree(gathered)
+
+
+def _reloaded(directory: Path, *, adapters: bool) -> Any:
+    if adapters:
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(directory)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory)
