@@ -10,6 +10,7 @@ r"""The `blockrag` command: every part of the library that is worth a command li
     batch.py, generating.py   generate
     serving.py    serve
     benching.py   bench
+    data.py       data
     demo.py       demo
 
 Only this package imports typer. Heavy libraries are imported when a command needs them, so `--help` and mistakes in
@@ -25,6 +26,7 @@ import typer
 from blockrag import __version__
 from blockrag.cli.asking import chat, query
 from blockrag.cli.benching import bench
+from blockrag.cli.data import data
 from blockrag.cli.demo import demo
 from blockrag.cli.generating import generate
 from blockrag.cli.indexing import delete, ingest, stats
@@ -47,6 +49,7 @@ app = typer.Typer(
 for _command in (demo, ingest, query, chat, stats, delete, verify, generate, serve):
     app.command(epilog=EXIT_CODES, no_args_is_help=False)(_command)
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 
 def _print_version(wanted: bool) -> None:

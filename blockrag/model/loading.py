@@ -16,7 +16,7 @@ from blockrag.model.facts import FACTS_FILE, BlockAttentionFacts, load_facts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_pretrained", "resolve_device", "resolve_dtype"]
+__all__ = ["load_pretrained", "load_tokenizer", "resolve_device", "resolve_dtype"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,25 +71,53 @@ def load_pretrained(
     Raises:
         InputError: The directory or hub id does not exist, or holds no causal language model.
     """
-    name = str(checkpoint_path() if id_or_path == "demo" else id_or_path)
+    name = _source(id_or_path)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, revision=revision, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:
-        # Damaged weights and tokenizers raise plain Exception and RuntimeError from the libraries that read them.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"cannot load a causal language model from {name!r}: {reason} "
-            "Pass a directory with config.json and weights, or a Hugging Face model id."
-        ) from error
+        raise _cannot_load(name, error) from error
     if missing := sorted(found["missing_keys"]):
         # transformers only logs this, and fills them with random numbers.
         raise InputError(
             f"{name!r} lacks {len(missing)} weights of {type(model).__name__} (the first is {missing[0]}); "
             "pass a complete checkpoint of a causal language model"
         )
+    return model.to(device).eval(), tokenizer, _facts_of(name, revision)
+
+
+def load_tokenizer(
+    id_or_path: str | Path, *, revision: str | None = None
+) -> tuple[PreTrainedTokenizerBase, BlockAttentionFacts]:
+    """A model's tokenizer and what its checkpoint says about block attention, without its weights.
+
+    Raises:
+        InputError: The directory or hub id does not exist, or holds no tokenizer.
+    """
+    name = _source(id_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:
+        raise _cannot_load(name, error) from error
+    return tokenizer, _facts_of(name, revision)
+
+
+def _source(id_or_path: str | Path) -> str:
+    return str(checkpoint_path() if id_or_path == "demo" else id_or_path)
+
+
+def _cannot_load(name: str, error: Exception) -> InputError:
+    """What to raise: damaged weights and tokenizers raise plain Exception and RuntimeError from their libraries."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InputError(
+        f"cannot load a causal language model from {name!r}: {reason} "
+        "Pass a directory with config.json and weights, or a Hugging Face model id."
+    )
+
+
+def _facts_of(name: str, revision: str | None) -> BlockAttentionFacts:
     facts_path = cached_file(
         name,
         FACTS_FILE,
@@ -98,5 +126,4 @@ def load_pretrained(
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    facts = BlockAttentionFacts() if facts_path is None else load_facts(Path(facts_path))
-    return model.to(device).eval(), tokenizer, facts
+    return BlockAttentionFacts() if facts_path is None else load_facts(Path(facts_path))

@@ -88,7 +88,8 @@ def sample_lines(path: str | Path, n: int, *, seed: int = 42) -> Iterator[Line]:
 def merge_lines(
     paths: Sequence[str | Path],
     *,
-    seed: int | None = 42,
+    seed: int = 42,
+    shuffle: bool = True,
     chat: str | Path | None = None,
     chat_ratio: float = 1.0,
 ) -> Iterator[Line]:
@@ -96,7 +97,8 @@ def merge_lines(
 
     Args:
         paths: The files.
-        seed: Of the shuffle, and of which conversations are drawn; None keeps the files one after the other.
+        seed: Of the shuffle, and of which conversations are drawn.
+        shuffle: Whether to; otherwise the files stay one after the other, conversations last.
         chat: A file of conversations to draw from.
         chat_ratio: Conversations per line of the other files.
 
@@ -112,8 +114,8 @@ def merge_lines(
             if not chat_ratio > 0:
                 raise InputError(f"chat_ratio must be above 0, got {chat_ratio}; pass 1 for as many conversations")
             wanted = max(1, round(chat_ratio * len(places)))
-            places += [(talk, position) for position in _drawn(chat, talk, wanted, 42 if seed is None else seed)]
-        if seed is not None:
+            places += [(talk, position) for position in _drawn(chat, talk, wanted, seed)]
+        if shuffle:
             random.Random(seed).shuffle(places)
         for file, position in places:
             line = file[position]

@@ -118,6 +118,7 @@ class ServedTeacher:
         api_key: Its key; servers of one's own often want none.
         max_tokens: Most tokens of a response.
         temperature: 0 for greedy decoding.
+        seed: Passed on where it is given; servers that heed it repeat themselves.
         concurrency: Requests under way at once.
         max_retries: How often the client repeats a request that failed for a passing reason.
 
@@ -134,6 +135,7 @@ class ServedTeacher:
         api_key: str = "none",
         max_tokens: int = 200,
         temperature: float = 0.0,
+        seed: int | None = None,
         concurrency: int = 8,
         max_retries: int = 5,
     ) -> None:
@@ -148,7 +150,8 @@ class ServedTeacher:
             raise InputError(f"concurrency must be at least 1, got {concurrency}")
         self._client: OpenAI = OpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries)
         self._base_url, self._model = base_url, model
-        self._max_tokens, self._temperature, self._concurrency = max_tokens, temperature, concurrency
+        self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
+        self._concurrency = concurrency
 
     def close(self) -> None:
         """Close the connections."""
@@ -182,6 +185,7 @@ class ServedTeacher:
                 messages=rag_messages(line),  # type: ignore[arg-type]
                 max_tokens=self._max_tokens,
                 temperature=self._temperature,
+                seed=openai.omit if self._seed is None else self._seed,
             )
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             return ""
