@@ -10,6 +10,7 @@ r"""The `blockrag` command: every part of the library that is worth a command li
     batch.py, generating.py   generate
     serving.py    serve
     benching.py   bench
+    evaluating.py eval
     data.py       data
     demo.py       demo
 
@@ -28,6 +29,7 @@ from blockrag.cli.asking import chat, query
 from blockrag.cli.benching import bench
 from blockrag.cli.data import data
 from blockrag.cli.demo import demo
+from blockrag.cli.evaluating import evaluate
 from blockrag.cli.generating import generate
 from blockrag.cli.indexing import delete, ingest, stats
 from blockrag.cli.output import EXIT_CODES
@@ -48,6 +50,7 @@ app = typer.Typer(
 )
 for _command in (demo, ingest, query, chat, stats, delete, verify, generate, serve):
     app.command(epilog=EXIT_CODES, no_args_is_help=False)(_command)
+app.command(name="eval", epilog=EXIT_CODES, no_args_is_help=False)(evaluate)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 
