@@ -459,10 +459,10 @@ def _progress(out: Output) -> Callable[[AnswerReport], None]:
 
 
 def _show(out: Output, source: Path, report: FileReport, max_tokens: int | None) -> None:
-    forms = ", ".join(f"{count:,} {form}" for form, count in report.forms.most_common()) or "none"
+    forms = ", ".join(f"{count:,} {form}" for form, count in report.forms.items()) or "none"
     out.show(f"{source}: lines: {forms}")
     if report.questions:
-        kinds = ", ".join(f"{count:,} {kind or 'of no kind'}" for kind, count in report.kinds.most_common())
+        kinds = ", ".join(f"{count:,} {kind or 'of no kind'}" for kind, count in report.kinds.items())
         out.show(f"questions: {report.questions:,} ({kinds}); {report.responses:,} with a response of their own")
     if report.passages is not None:
         out.show(f"passages per line: {_spread(report.passages)}")

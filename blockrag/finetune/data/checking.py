@@ -6,7 +6,6 @@ Reads all of it and goes on behind a malformed line. Knows the template and the 
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +65,8 @@ class FileReport:
         bad_lines: How many lines are malformed.
     """
 
-    forms: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
+    forms: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
     questions: int = 0
     responses: int = 0
     answerable: int = 0
@@ -124,17 +123,14 @@ def _note(report: FileReport, error: DataError) -> None:
 
 
 def _count(line: Line, report: FileReport) -> None:
-    if isinstance(line, ChatLine):
-        report.forms["chat"] += 1
+    form = "chat" if isinstance(line, ChatLine) else "blocks" if isinstance(line, BlocksLine) else "rag"
+    report.forms[form] = report.forms.get(form, 0) + 1
+    if not isinstance(line, RagLine):
         return
-    if isinstance(line, BlocksLine):
-        report.forms["blocks"] += 1
-        return
-    report.forms["rag"] += 1
     shown = [f"{one.passage.title} {one.passage.text}" for one in line.passages]
     for question in line.questions:
         report.questions += 1
-        report.kinds[question.kind] += 1
+        report.kinds[question.kind] = report.kinds.get(question.kind, 0) + 1
         report.responses += bool(question.response)
         report.with_passages += bool(line.passages)
         report.answerable += any(substring_match(text, question.answers) for text in shown)

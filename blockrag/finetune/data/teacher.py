@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedRandom
 from itertools import islice
@@ -254,7 +255,8 @@ def answer_file(
         progress: Called with the counts so far after each line.
 
     Raises:
-        DataError: The source is malformed, the target cannot be written, or holds something else.
+        DataError: The source is malformed, the target cannot be written or holds something else, or no question is
+            left.
         InputError: Source and target are one file, or the teacher does not answer. What was written stays.
     """
     source, target = Path(source), Path(target)
@@ -262,12 +264,14 @@ def answer_file(
         raise InputError(f"the responses would overwrite {source}, which they answer; pass another output")
     lines = (line for _, line in read_rag_lines(source))
     report = AnswerReport()
-    with _continued(target, lines, report) as file:
+    with _continued(target, lines, report) as file, _gone_if_empty(target, file):
         for line, responses in _answered(lines, teacher):
             kept = _kept(line, responses, without_answer, report)
             if kept is not None:
                 _append(target, file, kept)
             progress(report)
+        if not file.tell():
+            raise DataError(f"there is nothing to write to {target}; every question was dropped")
     return report
 
 
@@ -333,6 +337,16 @@ def _continued(target: Path, lines: Iterator[RagLine], report: AnswerReport) -> 
         file.close()
         raise
     return file
+
+
+@contextmanager
+def _gone_if_empty(target: Path, file: BufferedRandom) -> Iterator[None]:
+    """A run that wrote nothing leaves nothing."""
+    try:
+        yield
+    finally:
+        if not file.seek(0, os.SEEK_END):
+            target.unlink()
 
 
 def _append(target: Path, file: BufferedRandom, line: RagLine) -> None:
