@@ -28,6 +28,7 @@ _OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#000000")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
 _GRID: dict[str, Any] = {"color": "#E4E4E4", "linewidth": 0.8}
 _GRAY = "#555555"
+# The tables have all of them.
 _MOST_GROUPS = 9
 
 
@@ -104,7 +105,7 @@ def _finish(figure: Figure, axes: Any, result: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     axes.set_title(f"Accuracy: {result['data']['file']}", fontsize=13, loc="left", pad=24)
-    details = f"{result['data']['questions']:,} questions; bars: one standard error; {place(result['made'])}"
+    details = f"{result['data']['questions']:,} questions; error bars: one standard error; {place(result['made'])}"
     axes.text(0, 1.025, details, transform=axes.transAxes, fontsize=9, color=_GRAY)
 
 

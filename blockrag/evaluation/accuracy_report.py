@@ -27,9 +27,11 @@ _METRICS_TEXT = (
     "all right answers together, as on the published model cards; not comparable with F1. All on normalized text."
 )
 _DIFFERENCES_TEXT = (
-    "Points above or below **{model}, {mode}**, question by question, ± one standard error. Errors allow for questions "
-    "that share passages. *Within 2 SE*: these questions do not show a difference; it may exist."
+    "Δ: points above or below **{model}, {mode}**, question by question, ± one standard error of the difference. All "
+    "errors allow for questions that share passages. *Within 2 SE*: these questions do not show a difference; it may "
+    "exist. An error of 0.0 means that all questions agree, not that nothing is left to chance."
 )
+_COMPARED = ("em", "substr_em", "f1")
 _FLOPS_LABELS = {
     "paper": "2 x P x tokens",
     "with_attention": "with attention",
@@ -91,29 +93,16 @@ def _group(result: dict[str, Any], group: str) -> list[str]:
     rows = result["rows"]
     n = rows[0]["groups"][group]["n"]
     title = "## All questions" if group == ALL else f"## Questions of kind {group}: {n:,}"
-    scores = table(
-        ["model", "mode", *METRIC_LABELS.values()],
-        (
-            [row["model"], row["mode"], *(_score(row["groups"][group]["scores"][metric]) for metric in METRICS)]
-            for row in rows
-        ),
-    )
-    compared = [row for row in rows if row["groups"][group]["differences"]]
-    if not compared:
-        return [title, scores]
-    differences = table(
-        ["model", "mode", *METRIC_LABELS.values()],
-        (
-            [
-                row["model"],
-                row["mode"],
-                *(_difference(row["groups"][group]["differences"][metric]) for metric in METRICS),
-            ]
-            for row in compared
-        ),
-    )
-    explained = [_DIFFERENCES_TEXT.format(**result["reference"])] if group == ALL else []
-    return [title, scores, *explained, differences]
+    compared = _COMPARED if len(rows) > 1 else ()
+    header = ["model", "mode", *METRIC_LABELS.values(), *(f"Δ {METRIC_LABELS[metric]}" for metric in compared)]
+    lines = []
+    for row in rows:
+        found = row["groups"][group]
+        scores = [_score(found["scores"][metric]) for metric in METRICS]
+        differences = [_difference(found["differences"].get(metric)) for metric in compared]
+        lines.append([row["model"], row["mode"], *scores, *differences])
+    explained = [_DIFFERENCES_TEXT.format(**result["reference"])] if group == ALL and compared else []
+    return [title, *explained, table(header, lines)]
 
 
 def _curve(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -210,9 +199,11 @@ def _score(estimate: dict[str, Any]) -> str:
     return f"{100 * estimate['value']:.1f}{_error(estimate)}"
 
 
-def _difference(estimate: dict[str, Any]) -> str:
+def _difference(estimate: dict[str, Any] | None) -> str:
+    if estimate is None:
+        return "reference"
     points = f"{100 * estimate['value']:+.1f}{_error(estimate)}".replace("-", "−")
-    if estimate["se"] is None:
+    if estimate["se"] is None or (estimate["value"] == 0 and estimate["se"] == 0):
         return points
     if not estimate["differs"]:
         return f"{points} (within 2 SE)"
