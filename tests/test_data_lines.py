@@ -148,7 +148,7 @@ def test_files_without_lines_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(DataError, match=r"empty\.jsonl holds no lines"):
         list(read_lines(tmp_path / "empty.jsonl"))
-    with pytest.raises(DataError, match="cannot read .+gone"):
+    with pytest.raises(DataError, match=r"cannot read .+gone"):
         list(read_lines(tmp_path / "gone.jsonl"))
 
 
@@ -174,7 +174,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to write"):
         write_lines(path, [])
     assert path.read_bytes() == before
-    assert os.listdir(path.parent) == ["lines.jsonl"]
+    assert list(path.parent.iterdir()) == [path]
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask

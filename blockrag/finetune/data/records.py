@@ -141,9 +141,10 @@ def _list_items(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
     """The items of one JSON list, each decoded as soon as it is whole."""
     number = 0
     try:
-        for item in _decoded_items(io.TextIOWrapper(file, encoding="utf-8-sig")):
-            number += 1
-            yield f"{path}, record {number}", item
+        with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            for item in _decoded_items(text):
+                number += 1
+                yield f"{path}, record {number}", item
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
