@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 from blockrag.errors import InputError, MissingDependencyError
 from blockrag.finetune.collate import Collator
 from blockrag.finetune.data.lines import read_lines
+from blockrag.finetune.progress import SaysProgress
 from blockrag.finetune.rows import Rows
 from blockrag.finetune.samples import Sample, fitted, samples_of
 from blockrag.finetune.saving import CHECKPOINTS, FactsInCheckpoints, data_file, save_finetuned, versions
-from blockrag.finetune.settings import BLOCK_PREFIX, FinetuneSettings
+from blockrag.finetune.settings import BLOCK_PREFIX, PRESETS, FinetuneSettings
 from blockrag.finetune.trainer import BlockTrainer, StopsOnNaN
 from blockrag.model.facts import BlockAttentionFacts
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from blockrag.prompt import PromptTemplate
 
-__all__ = ["Finetuned", "TooLong", "finetune", "read_samples"]
+__all__ = ["Finetuned", "TooLong", "finetune", "read_samples", "steps_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ def finetune(
     distributed_config: Path | None = None,
     revision: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    progress: Callable[[str], None] = logger.info,
 ) -> Finetuned:
     """Fine-tune a model for block attention.
 
@@ -93,12 +96,13 @@ def finetune(
         template: How prompts are built; by default the model's own, with `settings.block_prefix`.
         resume: Go on from the last checkpoint in `out`.
         too_long: Whether a sample beyond `settings.max_tokens` is an error or left out.
-        device: "auto", "cpu", "cuda", ...
+        device: "auto", "cpu" or "cuda"; which GPU of several is for CUDA_VISIBLE_DEVICES or the launcher to say.
         dtype: Of the weights while training. "auto" is float32; for adapters on a GPU the checkpoint's own.
         save_dtype: Of the saved weights; "auto" is the checkpoint's own.
         distributed_config: A DeepSpeed (JSON) file for the Trainer; FSDP is configured through accelerate.
         revision: Branch, tag or commit on the hub.
         callbacks: Of the Trainer.
+        progress: Gets a line now and then; in the first process only.
 
     Raises:
         DataError: A line cannot be used; nothing is written.
@@ -106,13 +110,24 @@ def finetune(
         UnsupportedModelError: The model has layers that keep other states than keys and values.
         MissingDependencyError: accelerate, or peft for adapters, is not installed.
     """
-    settings = settings or FinetuneSettings(learning_rate=2e-5, warmup=20, schedule="constant", accumulate=64)
+    from transformers import PrinterCallback
+
+    settings = settings or PRESETS["paper"][1]
     out = Path(out)
     checkpoint = _checkpoint(out, resume=resume)
     _require("accelerate", "fine-tuning")
-    placed = resolve_device(device)
-    chosen = _train_dtype(dtype, placed, settings)
-    base, tokenizer, known = load_pretrained(model, device=placed, dtype=chosen, revision=revision)
+    # Before the weights: the Trainer's arguments bring processes together, and DeepSpeed and FSDP then have every
+    # process load only its part.
+    arguments = _arguments(out, settings, _device(device), distributed_config, has_eval=bool(eval_data))
+    placed = arguments.device
+    shared_out = arguments.deepspeed_plugin is not None or _is_fsdp()
+    base, tokenizer, known = load_pretrained(
+        model,
+        device=torch.device("cpu") if shared_out else placed,
+        dtype=_train_dtype(dtype, placed, settings),
+        revision=revision,
+    )
+    parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in base.parameters())
     kept = _saved_dtype(base, save_dtype, revision)
     shown = _template(template, known, tokenizer, settings)
     samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
@@ -129,7 +144,7 @@ def finetune(
     trained = _with_adapters(base, settings) if settings.lora_rank else base
     trained.train()
     facts = _facts(known, shown, rows, settings)
-    arguments = _arguments(out, settings, len(rows), placed, distributed_config, has_eval=bool(evaluated))
+    _set_schedule(arguments, settings, len(rows))
     trainer = BlockTrainer(
         trained,
         base,
@@ -139,8 +154,14 @@ def finetune(
         reduction=settings.reduction,
         tokenizer=tokenizer,
         evaluated=evaluated,
-        callbacks=[FactsInCheckpoints(facts), StopsOnNaN(), *callbacks],
+        callbacks=[
+            FactsInCheckpoints(facts),
+            StopsOnNaN(),
+            SaysProgress(progress, rows.num_tokens / len(rows)),
+            *callbacks,
+        ],
     )
+    trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
@@ -158,7 +179,7 @@ def finetune(
         "samples": len(samples),
         "skipped": skipped,
         "rows": len(rows),
-        "parameters": sum(weight.numel() for weight in base.parameters()),
+        "parameters": parameters,
         "steps": trainer.state.global_step,
         "tokens_seen": round(passes * rows.num_tokens),
         "seconds": round(seconds, 1),
@@ -249,6 +270,25 @@ def _require(package: str, purpose: str) -> None:
         raise MissingDependencyError(f"{purpose} needs {package}; run: pip install 'blockrag[finetune]'")
 
 
+def _device(device: str | torch.device) -> torch.device:
+    """Where to train.
+
+    Raises:
+        InputError: There is no such device, or it is one of several GPUs by number, which the Trainer does not take.
+    """
+    resolved = resolve_device(device)
+    if resolved.type == "cuda" and resolved.index is not None:
+        raise InputError(
+            f"device {str(device)!r} names one GPU by number; set CUDA_VISIBLE_DEVICES={resolved.index} and pass 'cuda'"
+        )
+    return resolved
+
+
+def _is_fsdp() -> bool:
+    """Whether `accelerate launch` was told to shard the weights."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
 def _train_dtype(dtype: str | torch.dtype, device: torch.device, settings: FinetuneSettings) -> torch.dtype | str:
     if dtype == "auto":
         return "auto" if settings.lora_rank and device.type == "cuda" else torch.float32
@@ -321,10 +361,9 @@ def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> Any:
 
 
 def _arguments(
-    out: Path, settings: FinetuneSettings, rows: int, device: torch.device, deepspeed: Path | None, *, has_eval: bool
+    out: Path, settings: FinetuneSettings, device: torch.device, deepspeed: Path | None, *, has_eval: bool
 ) -> TrainingArguments:
-    from transformers import SchedulerType, TrainingArguments
-    from transformers.utils import logging as transformers_logging
+    from transformers import TrainingArguments
 
     arguments = TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
@@ -356,7 +395,7 @@ def _arguments(
         train_sampling_strategy="sequential" if settings.order == "file" else "random",
         remove_unused_columns=False,
         report_to="none",
-        disable_tqdm=not transformers_logging.is_progress_bar_enabled(),
+        disable_tqdm=True,
         deepspeed=None if deepspeed is None else str(deepspeed),
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
@@ -364,16 +403,21 @@ def _arguments(
     if arguments.n_gpu > 1:
         # Started without `accelerate launch`: one GPU, rather than the Trainer's DataParallel, which splits layouts.
         arguments._n_gpu = 1
-    steps = settings.steps or _steps_of(arguments, rows, settings)
-    name, arguments.lr_scheduler_kwargs = _schedule(settings, steps)
-    arguments.lr_scheduler_type = SchedulerType(name)
     return arguments
 
 
-def _steps_of(arguments: TrainingArguments, rows: int, settings: FinetuneSettings) -> int:
-    """Optimizer steps of whole epochs, as the Trainer counts them."""
-    batches = math.ceil(math.ceil(rows / settings.batch_rows) / arguments.world_size)
-    return math.ceil(settings.epochs * max(1, math.ceil(batches / settings.accumulate)))
+def _set_schedule(arguments: TrainingArguments, settings: FinetuneSettings, rows: int) -> None:
+    """Add what depends on the number of rows."""
+    from transformers import SchedulerType
+
+    name, arguments.lr_scheduler_kwargs = _schedule(settings, steps_of(settings, rows, arguments.world_size))
+    arguments.lr_scheduler_type = SchedulerType(name)
+
+
+def steps_of(settings: FinetuneSettings, rows: int, processes: int = 1) -> int:
+    """Optimizer steps of a run, as the Trainer counts them."""
+    batches = math.ceil(math.ceil(rows / settings.batch_rows) / processes)
+    return settings.steps or math.ceil(settings.epochs * max(1, math.ceil(batches / settings.accumulate)))
 
 
 def _schedule(settings: FinetuneSettings, steps: int) -> tuple[str, dict[str, Any]]:
