@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import BufferedRandom
+from io import SEEK_END, BufferedRandom
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -168,7 +168,8 @@ class Predictions:
                     )
                 self.done += 1
             end += len(data)
-        self._file.truncate(end)
+        if self._file.seek(0, SEEK_END) != end:
+            self._file.truncate(end)
         self._file.seek(end)
         if not end:
             self._write({"blockrag_predictions": _FORMAT, **header})
