@@ -206,12 +206,12 @@ def rag_messages(line: RagLine) -> list[dict[str, str]]:
     """
     form = TEMPLATES["tulu"]
     documents = "".join(
-        (form.passage if one.passage.title.strip() else form.passage_untitled)
-        .replace("{title}", one.passage.title.strip(), 1)
-        .replace("{text}", one.passage.text.strip(), 1)
+        (form.passage if one.passage.title.strip() else form.passage_untitled).format(
+            title=one.passage.title.strip(), text=one.passage.text.strip()
+        )
         for one in line.passages
     )
-    question = INSTRUCTION.replace("{question}", line.questions[0].question.strip())
+    question = INSTRUCTION.format(question=line.questions[0].question.strip())
     return [
         {"role": "system", "content": SYSTEM.strip()},
         {"role": "user", "content": f"{documents}\n{question}"},
