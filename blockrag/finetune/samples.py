@@ -50,7 +50,8 @@ class Sample:
     Args:
         blocks: Token ids of the local blocks, in prompt order; may be empty.
         branches: At least one.
-        marker: First and end of the tokens of block 0 that only block attention sees.
+        marker: First and end of the tokens that only block attention sees: in block 0, or in the query where there is
+            no block.
         where: The file and the line.
     """
 
@@ -74,7 +75,12 @@ class Sample:
         first, end = self.marker
         if first == end:
             return self
-        return replace(self, blocks=(self.blocks[0][:first] + self.blocks[0][end:], *self.blocks[1:]), marker=(0, 0))
+        if not self.blocks:
+            branches = tuple(replace(one, query=one.query[:first] + one.query[end:]) for one in self.branches)
+            return replace(self, branches=branches, marker=(0, 0))
+        opening = self.blocks[0][:first] + self.blocks[0][end:]
+        # A block that held nothing else is none.
+        return replace(self, blocks=((opening,) if opening else ()) + self.blocks[1:], marker=(0, 0))
 
 
 def samples_of(
@@ -165,6 +171,6 @@ def _sample(blocks: Sequence[Block], answers: Sequence[Block], where: str) -> Sa
     return Sample(
         blocks=tuple(Ids("i", block.token_ids) for block in shared),
         branches=tuple(Branch(Ids("i", query.token_ids), Ids("i", answer.token_ids)) for answer in answers),
-        marker=(first, end) if shared else (0, 0),
+        marker=(first, end),
         where=where,
     )
