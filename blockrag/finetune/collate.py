@@ -23,7 +23,7 @@ IGNORED = -100
 
 Positions = Literal["global", "local"]
 
-_LAYOUT = ("prompt", "block", "branch", "local", "position_ids")
+_LAYOUT = ("prompt", "block", "branch", "local", "position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,14 @@ def collate(
             or of a question never counts: what stands before it in the row does not precede it in its block.
         multiple: See `Collator`.
         positions: "local" gives every block the positions from 0 on, as a store without re-encoding would
-            (arXiv 2409.15355, "w/o-pos"); for measuring, not for training.
+            (arXiv 2409.15355, "w/o-pos"); for measuring, not for training. Windows stay where they are, as they do
+            there.
 
     Returns:
         input_ids, position_ids, labels (int64); weights (float32), what each label counts; prompt, block, branch,
-        local, the layout of the mask; and num_answers, int64 of shape (rows,).
+        local, position, the layout of the mask; and num_answers, int64 of shape (rows,).
     """
-    placed = [_place(row, prompt_weight, positions) for row in rows]
+    placed = [_place(row, prompt_weight) for row in rows]
     longest = max(len(row.ids) for row in placed)
     tokens = -(-longest // multiple) * multiple
     size = (len(rows), tokens)
@@ -98,6 +99,7 @@ def collate(
         "block": torch.full(size, -1),
         "branch": torch.zeros(size, dtype=torch.long),
         "local": torch.zeros(size, dtype=torch.bool),
+        "position": torch.zeros(size, dtype=torch.long),
         "num_answers": torch.tensor([len(row.spans) for row in placed]),
     }
     for number, row in enumerate(placed):
@@ -108,7 +110,8 @@ def collate(
         batch["labels"][number, :count] = torch.where(weights > 0, ids, IGNORED)
         batch["weights"][number, :count] = weights
         for name, values in (
-            ("position_ids", row.positions),
+            ("position_ids", row.restarted if positions == "local" else row.positions),
+            ("position", row.positions),
             ("prompt", row.prompts),
             ("block", row.blocks),
             ("branch", row.branches),
@@ -121,16 +124,13 @@ def collate(
 def spans_of(rows: Sequence[Row]) -> list[Span]:
     """Where the answers of some rows stand, in the order of the questions."""
     return [
-        Span(number, start, end, kind)
-        for number, row in enumerate(rows)
-        for start, end, kind in _place(row, 0.0, "global").spans
+        Span(number, start, end, kind) for number, row in enumerate(rows) for start, end, kind in _place(row, 0.0).spans
     ]
 
 
 def layout_of(batch: dict[str, torch.Tensor]) -> TokenLayout:
-    """What the mask of a batch is made from; the tensors are taken out of it, except for the positions."""
-    values = [batch[name] if name == "position_ids" else batch.pop(name) for name in _LAYOUT]
-    return TokenLayout(*values)
+    """What the mask of a batch is made from; the tensors are taken out of it."""
+    return TokenLayout(*(batch.pop(name) for name in _LAYOUT))
 
 
 class _Placed:
@@ -139,6 +139,7 @@ class _Placed:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.positions: list[int] = []
+        self.restarted: list[int] = []
         self.prompts: list[int] = []
         self.blocks: list[int] = []
         self.branches: list[int] = []
@@ -148,10 +149,11 @@ class _Placed:
         self._next_block = 0
 
     def add(self, ids: Sequence[int], position: int, prompt: int, branch: int, *, local: bool, weight: float) -> None:
-        """Append one block."""
-        count = len(ids)
+        """Append one block, which is not empty; branch 0 is what the branches share."""
+        count, shared = len(ids), branch == 0
         self.ids.extend(ids)
         self.positions.extend(range(position, position + count))
+        self.restarted.extend(range(count) if shared else range(position, position + count))
         self.prompts.extend([prompt] * count)
         self.blocks.extend([self._next_block] * count)
         self.branches.extend([branch] * count)
@@ -160,18 +162,17 @@ class _Placed:
         self._next_block += 1
 
 
-def _place(row: Row, prompt_weight: float, positions: Positions) -> _Placed:
+def _place(row: Row, prompt_weight: float) -> _Placed:
     placed = _Placed()
     for prompt, item in enumerate(row):
-        _place_item(placed, item, prompt, prompt_weight, positions)
+        _place_item(placed, item, prompt, prompt_weight)
     return placed
 
 
-def _place_item(placed: _Placed, item: Item, prompt: int, prompt_weight: float, positions: Positions) -> None:
+def _place_item(placed: _Placed, item: Item, prompt: int, prompt_weight: float) -> None:
     position = 0
     for number, block in enumerate(item.sample.blocks):
-        start = 0 if positions == "local" else position
-        placed.add(block, start, prompt, 0, local=item.attention == "block", weight=prompt_weight)
+        placed.add(block, position, prompt, 0, local=item.attention == "block", weight=prompt_weight)
         position += len(block) + (item.gaps[number] if item.gaps else 0)
     for number, branch in enumerate(item.sample.branches, start=1):
         placed.add(branch.query + branch.answer, position, prompt, number, local=False, weight=prompt_weight)
