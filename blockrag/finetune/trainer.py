@@ -30,16 +30,26 @@ __all__ = ["BlockTrainer", "StopsOnNaN", "summarize"]
 
 
 class StopsOnNaN(TrainerCallback):  # type: ignore[misc]
-    """Ends a run whose loss is no number any more: what it would save is lost."""
+    """Ends a run whose loss is no number any more, before it saves what is lost."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Called by the Trainer behind every step: what will be saved is logged first, and looked at.
+
+        A run that goes on from a checkpoint then also logs what it would have logged without the stop.
+        """
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the Trainer with every line of its log.
 
         Raises:
-            InputError: The loss or the gradient's norm is not finite.
+            InputError: The loss, the gradient's norm or the loss of an evaluation is not finite.
         """
-        for name in ("loss", "grad_norm"):
-            value = kwargs["logs"].get(name, 0.0)
+        for name, value in kwargs["logs"].items():
             if not math.isfinite(value):
                 raise InputError(
                     f"{name} is {value} at step {state.global_step}: the run has diverged; lower --learning-rate, "
@@ -97,6 +107,9 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | None]:
         """The micro-batches of one optimizer step, and what their loss is divided by, over all processes."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the checkpoint of the last step; the Trainer would only stop behind one step more.
+            return [], None
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
