@@ -103,7 +103,7 @@ def read(
     source: Annotated[
         Source, typer.Argument(metavar="SOURCE", help=f"One of {', '.join(one.value for one in Source)}.")
     ],
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="The set's own files, packed or not.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="The set's own files, packed or not.")],
     output: OutputFile,
     sentence_separator: Annotated[
         str | None,
@@ -248,7 +248,7 @@ def sample(
 
 @data.command("merge", epilog=EXIT_CODES)
 def merge(
-    sources: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Data files.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Data files.")],
     output: OutputFile,
     mix_chat: Annotated[
         Path | None, typer.Option("--mix-chat", help="A data file of conversations to draw from.", show_default=False)
