@@ -8,7 +8,7 @@ which attention, is a function of the seed alone, so that a run that is resumed 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -87,23 +87,25 @@ class Rows(Dataset[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Row:
         return tuple(self._item(number, attention) for number, attention in self._rows[index])
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows, padding left out."""
-        return sum(self._samples[number].num_tokens for row in self._rows for number, _ in row)
+        return sum(item.sample.num_tokens for row in self for item in row)
 
     def longest(self) -> tuple[int, int]:
-        """Most local blocks, and most positions from the first block to the end of a question, of any item."""
-        blocks = max(len(sample.blocks) for sample in self._samples)
-        positions = max(
-            item.sample.shared_tokens + sum(item.gaps) + max(map(len, item.sample.branches))
-            for index in range(len(self))
-            for item in self[index]
+        """Most local blocks, and most positions from the first block to the end of an answer, under block attention."""
+        seen = [item for row in self for item in row if item.attention == "block"]
+        blocks = max((len(item.sample.blocks) for item in seen), default=0)
+        positions = (
+            item.sample.shared_tokens + sum(item.gaps) + max(map(len, item.sample.branches)) for item in seen
         )
-        return blocks, positions
+        return blocks, max(positions, default=0)
 
     def _item(self, number: int, attention: Attention) -> Item:
         sample = self._samples[number]
