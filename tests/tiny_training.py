@@ -16,20 +16,7 @@ from blockrag.finetune.samples import Sample
 from blockrag.passage import Passage
 from blockrag.prompt import TEMPLATES, PromptTemplate
 
-WORDS = [
-    "river",
-    "lake",
-    "sea",
-    "book",
-    "author",
-    "engine",
-    "computer",
-    "mathematician",
-    "writer",
-    "turn",
-    "system",
-    "question",
-]
+WORDS = ("river", "lake", "sea", "book", "author", "engine", "computer", "writer", "turn", "system", "question")
 PREFIXED = "[Block-Attention]"
 
 
