@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from test_eval_opencompass import TURNS
+from tiny_models import ModelCase, tiny_model
+from tiny_tokenizers import plain_tokenizer
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
@@ -428,11 +430,11 @@ def test_checkpoints_of_a_training_directory(model: BlockModel, data: Path, tmp_
     from blockrag.model.facts import save_facts
 
     for step in (4, 10):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder = tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
         model.model.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
         save_facts(model.facts, folder)
-    (tmp_path / "run" / "logs").mkdir()
+    (tmp_path / "run" / "checkpoints" / "logs").mkdir()
     result = call("--checkpoints", tmp_path / "run", "--data", data, "--output", tmp_path / "out", *SHORT)
     assert result.exit_code == 0, result.stderr
     assert [row[0] for row in rows_of(result.stdout, "By training step")] == ["step", "4", "10"]
@@ -470,6 +472,21 @@ def test_questions_over_ones_own_index(tmp_path: Path) -> None:
     without = call("demo", "--data", path, "--output", tmp_path / "none")
     assert without.exit_code == 2
     assert "line 1: has no passages" in without.stderr
+
+
+def test_a_model_that_cannot_be_composed_is_evaluated_in_full(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    tiny_model(ModelCase("gpt2", "gpt2", {"n_positions": 1024})).save_pretrained(folder)
+    plain_tokenizer().save_pretrained(folder)
+    common = (folder, "--data", data, "--output", tmp_path / "out", "--limit", "2", "--max-new-tokens", "2", "-k", "1")
+    result = call(*common, "--modes", "full")
+    assert result.exit_code == 0, result.stderr
+    _, *rows = rows_of(result.stdout, "All questions")
+    assert [row[:2] for row in rows] == [["gpt2", "full"]]
+    refused = call(*common, "--modes", "full,block")
+    assert refused.exit_code == 1
+    assert "gpt2" in refused.stderr
+    assert "error:" in refused.stderr
 
 
 def test_benchmarks_go_to_opencompass(tmp_path: Path) -> None:

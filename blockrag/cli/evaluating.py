@@ -51,7 +51,7 @@ class Icl(str, Enum):
 Models = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[MODEL]...", help="'demo', a hub id or a directory; LABEL=MODEL to choose its name in the table."
+        metavar="MODEL", help="'demo', a hub id or a directory; LABEL=MODEL to choose its name in the table."
     ),
 ]
 Data = Annotated[Path, typer.Option("--data", help="Questions, one JSON object per line.")]
@@ -67,7 +67,7 @@ Checkpoints = Annotated[
     Path | None,
     typer.Option(
         "--checkpoints",
-        help="Training directory: evaluate every checkpoint-N in it and draw the curve.",
+        help="Training directory: evaluate every checkpoint-N in it, or in its checkpoints/, and draw the curve.",
         show_default=False,
     ),
 ]
@@ -197,8 +197,7 @@ def evaluate(
             asked = benchmark.asked
         files: list[Path] = []
         for subject in subjects:
-            with _loaded(out, subject, wanted, store, device, dtype) as model:
-                files += _answer(out, subject, model, asked, wanted, settings, output)
+            files += _answer(out, subject, asked, wanted, settings, output, store, device, dtype)
         if benchmark is not None:
             _export(out, subjects, wanted, files, benchmark, output, data.stem)
             return
@@ -220,13 +219,9 @@ def _subjects(models: Sequence[str], checkpoints: Path | None) -> list[_Subject]
         resolved = model_name(name)
         subjects.append(_Subject(label or (Path(resolved).name if Path(resolved).is_dir() else resolved), resolved))
     if checkpoints is not None:
-        found = [
-            (int(match[1]), path)
-            for path in (checkpoints.iterdir() if checkpoints.is_dir() else ())
-            if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
-        ]
+        found = _checkpoints(checkpoints) or _checkpoints(checkpoints / "checkpoints")
         if not found:
-            raise InputError(f"there is no checkpoint-N in {checkpoints}; pass the --output of a training run")
+            raise InputError(f"there is no checkpoint-N in {checkpoints}; pass the directory of a training run")
         subjects += [_Subject(path.name, str(path.resolve()), step) for step, path in sorted(found)]
     if not subjects:
         raise InputError("there is no model to evaluate; pass 'demo', a hub id, a directory, or --checkpoints")
@@ -234,6 +229,12 @@ def _subjects(models: Sequence[str], checkpoints: Path | None) -> list[_Subject]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise InputError(f"several models are called {', '.join(twice)}; name them apart with LABEL=MODEL")
     return subjects
+
+
+def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Steps and directories of the checkpoints in it."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return [(int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()]
 
 
 def _read(
@@ -291,33 +292,27 @@ def _loaded(
 def _answer(
     out: Output,
     subject: _Subject,
-    model: BlockModel,
     asked: Asked,
     modes: Sequence[Mode],
     settings: AnswerSettings,
     output: Path,
+    store: str | None,
+    device: str,
+    dtype: str,
 ) -> list[Path]:
-    from datetime import datetime, timezone
-
+    """The files of one model, which is gone from memory when this returns."""
     from blockrag.evaluation.answers import answer_questions
-    from blockrag.evaluation.speed.machine import commit, describe_machine, versions
 
-    made = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        **commit(),
-        "versions": versions(),
-        "machine": describe_machine(model.model.device.type),
-    }
-    return answer_questions(
-        model,
-        asked,
-        modes,
-        settings,
-        output / subject.folder,
-        label=subject.label,
-        made=made,
-        progress=_progress(out, subject.label, len(asked.questions)),
-    )
+    with _loaded(out, subject, modes, store, device, dtype) as model:
+        return answer_questions(
+            model,
+            asked,
+            modes,
+            settings,
+            output / subject.folder,
+            label=subject.label,
+            progress=_progress(out, subject.label, len(asked.questions)),
+        )
 
 
 def _progress(out: Output, label: str, total: int) -> Callable[[str, int], None]:

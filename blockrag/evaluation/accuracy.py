@@ -18,13 +18,16 @@ from blockrag.evaluation.metrics import METRICS
 from blockrag.evaluation.predictions import Prediction, read_predictions
 from blockrag.evaluation.statistics import Estimate, mean, paired_difference
 
-__all__ = ["ALL", "SCHEMA_VERSION", "summarize"]
+__all__ = ["ALL", "METRIC_LABELS", "SCHEMA_VERSION", "groups_shown", "summarize"]
 
 SCHEMA_VERSION = 1
 """Raised whenever a key changes its meaning or goes away."""
 
 ALL = "all"
 """The group of all questions."""
+
+METRIC_LABELS = {"em": "EM", "substr_em": "Substr-EM", "f1": "F1", "union_f1": "union F1"}
+"""What the scores are called in tables and pictures."""
 
 # Below this the normal approximation behind "two standard errors" is rough.
 _FEW_CLUSTERS = 30
@@ -86,6 +89,12 @@ def summarize(
         "warnings": _warnings(rows),
         "rows": [_summary(row, base, rows, steps or {}) for row in rows],
     }
+
+
+def groups_shown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """All questions, then each kind; a single kind is all questions."""
+    groups = list(rows[0]["groups"])
+    return groups if len(groups) > 2 else groups[:1]
 
 
 def _check(paths: Sequence[str | Path], rows: Sequence[_Row]) -> None:

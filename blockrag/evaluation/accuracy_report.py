@@ -11,15 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from blockrag.evaluation.accuracy import ALL
+from blockrag.evaluation.accuracy import ALL, METRIC_LABELS, groups_shown
 from blockrag.evaluation.answers import MODES
 from blockrag.evaluation.metrics import METRICS
 from blockrag.evaluation.speed.report import Report
 from blockrag.evaluation.speed.text import count, place, table
 
-__all__ = ["METRIC_LABELS", "groups_shown", "markdown", "write_accuracy_report"]
-
-METRIC_LABELS = {"em": "EM", "substr_em": "Substr-EM", "f1": "F1", "union_f1": "union F1"}
+__all__ = ["markdown", "write_accuracy_report"]
 
 _METRICS_TEXT = (
     "Percent ± one standard error. EM: the answer is one of the right ones. Substr-EM: it contains one of them, the "
@@ -81,12 +79,6 @@ def markdown(result: dict[str, Any]) -> str:
     sections += ["## Work", *_work(rows)]
     sections += ["## How it was measured", _provenance(result)]
     return "\n\n".join(sections) + "\n"
-
-
-def groups_shown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """All questions, then each kind; a single kind is all questions."""
-    groups = list(rows[0]["groups"])
-    return groups if len(groups) > 2 else groups[:1]
 
 
 def _group(result: dict[str, Any], group: str) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from blockrag.errors import InputError
 from blockrag.evaluation.flops import ModelShape
 from blockrag.evaluation.metrics import METRICS, score
 from blockrag.evaluation.predictions import Prediction, Predictions, Tokens
+from blockrag.evaluation.speed.machine import commit, describe_machine, versions
 from blockrag.fingerprint import hash_tensors
 from blockrag.model.sampling import GenerationOptions
 
@@ -133,8 +135,8 @@ def answer_questions(
     settings: AnswerSettings,
     directory: Path,
     *,
-    label: str,
-    made: Mapping[str, Any],
+    label: str = "",
+    made: Mapping[str, Any] | None = None,
     progress: Callable[[str, int], None] = lambda mode, done: None,
 ) -> list[Path]:
     """Answer all questions in all modes.
@@ -145,8 +147,8 @@ def answer_questions(
         modes: The ways to answer.
         settings: How.
         directory: Where `MODE.jsonl` is made, or continued.
-        label: What the report calls the model.
-        made: Where, when and with what, for the header.
+        label: What the report calls the model; by default its name.
+        made: Where, when and with what, for the header; by default here, today, with this installation.
         progress: Told after each batch how many questions are done in a mode.
 
     Returns:
@@ -156,7 +158,8 @@ def answer_questions(
         InputError: A file belongs to another run.
         UnsupportedModelError: The model cannot be composed and a mode needs it.
     """
-    described = _describe(model, label)
+    described = _describe(model, label or model.name)
+    made = _made_here(model) if made is None else made
     data = asked.describe()
     with ExitStack() as stack:
         files = []
@@ -268,6 +271,15 @@ def _asked(question: EvalQuestion, mode: Mode, prompt: str) -> dict[str, Any]:
         "question": question.question,
         "answers": question.answers,
         "prompt": prompt,
+    }
+
+
+def _made_here(model: BlockModel) -> dict[str, Any]:
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        **commit(),
+        "versions": versions(),
+        "machine": describe_machine(model.model.device.type),
     }
 
 
