@@ -9,12 +9,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from blockrag.errors import DataError, MissingDependencyError
 from blockrag.finetune.data.lines import parse_json
@@ -26,6 +27,7 @@ _PIECE_CHARACTERS = 1 << 20
 # A list that is not valid JSON would otherwise be read to its end before that is said.
 _LONGEST_RECORD = 1 << 26
 _ROWS_AT_ONCE = 1024
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,63 +153,69 @@ def _list_items(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}, record {number + 1}: not valid JSON ({error}); is the file whole?") from error
 
 
-def _decoded_items(text: io.TextIOWrapper) -> Iterator[object]:
+def _decoded_items(text: TextIO) -> Iterator[object]:
     """Items of a list, from text that is read as it is needed.
 
     Raises:
-        ValueError: The list ends early, or an item is not valid JSON, or too long to be a record.
+        ValueError: The list does not begin or end, or an item is not valid JSON, or too long to be a record.
     """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    decoder = json.JSONDecoder(parse_constant=refuse)
-    buffer, begun = "", False
-    while True:
-        # What precedes an item: the bracket or a comma.
-        buffer = buffer.lstrip()
-        if not buffer:
-            buffer = text.read(_PIECE_CHARACTERS)
-            if not buffer:
-                raise ValueError("the list does not end")
-            continue
-        if begun and buffer[0] == "]":
-            if (buffer[1:] + text.read(_PIECE_CHARACTERS)).strip():
-                raise ValueError("there is more behind the list")
-            return
-        if buffer[0] != ("," if begun else "["):
-            raise ValueError(f"expected a comma or the end of the list, got {buffer[:20]!r}")
-        separator, buffer = buffer[0], buffer[1:]
-        buffer, item = _first_item(decoder, buffer, text)
-        if item is _END and separator == "[":
-            return
-        if item is _END:
-            raise ValueError("a comma stands before the end of the list")
-        begun = True
-        yield item
+    pieces = _Pieces(text)
+    pieces.take("[")
+    if pieces.next_character() != "]":
+        yield pieces.item()
+        while pieces.next_character() == ",":
+            pieces.take(",")
+            yield pieces.item()
+    pieces.take("]")
+    if rest := pieces.next_character():
+        raise ValueError(f"there is more behind the list, beginning with {rest!r}")
 
 
-_END = object()
+class _Pieces:
+    """JSON text of which a piece is held at a time."""
 
+    def __init__(self, text: TextIO) -> None:
+        def refuse(constant: str) -> None:
+            raise ValueError(f"{constant} is not JSON")
 
-def _first_item(decoder: json.JSONDecoder, buffer: str, text: io.TextIOWrapper) -> tuple[str, object]:
-    """The item that the buffer begins with, and what is behind it; `_END` where the list ends instead."""
-    wanted = _PIECE_CHARACTERS
-    while True:
-        buffer = buffer.lstrip()
-        if buffer[:1] == "]":
-            return buffer[1:], _END
-        try:
-            item, end = decoder.raw_decode(buffer)
-        except json.JSONDecodeError:
-            more = text.read(wanted)
-            if not more or len(buffer) > _LONGEST_RECORD:
-                raise
-            # Twice as much each time, so that decoding anew costs no more than the reading.
-            buffer, wanted = buffer + more, 2 * wanted
-            continue
-        # A number could go on in what is not read yet; only objects are records, and those end with their brace.
-        return buffer[end:], item
+        self._text = text
+        self._decoder = json.JSONDecoder(parse_constant=refuse)
+        self._held, self._at = "", 0
+
+    def next_character(self) -> str:
+        """The next character that is not white space, which stays; empty at the end."""
+        while True:
+            self._at = _WHITE_SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._held):
+                return self._held[self._at]
+            if not self._read(_PIECE_CHARACTERS):
+                return ""
+
+    def take(self, character: str) -> None:
+        """Go past the next character."""
+        if (found := self.next_character()) != character:
+            raise ValueError(f"expected {character!r}, got {found or 'the end of the file'!r}")
+        self._at += 1
+
+    def item(self) -> object:
+        """The value that comes next. A number may be cut short, but only objects are records."""
+        self.next_character()
+        wanted = _PIECE_CHARACTERS
+        while True:
+            try:
+                value, self._at = self._decoder.raw_decode(self._held, self._at)
+            except json.JSONDecodeError:
+                if len(self._held) - self._at > _LONGEST_RECORD or not self._read(wanted):
+                    raise
+                # Twice as much each time, so that decoding anew costs no more than the reading.
+                wanted *= 2
+            else:
+                return value
+
+    def _read(self, characters: int) -> bool:
+        more = self._text.read(characters)
+        self._held, self._at = self._held[self._at :] + more, 0
+        return bool(more)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
