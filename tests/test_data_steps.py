@@ -239,6 +239,14 @@ def test_conversations_are_mixed_in(tmp_path: Path, ratio: float, wanted: int) -
     assert mixed == names(merge_lines([path], chat=chat, chat_ratio=ratio))
 
 
+def test_conversations_are_drawn_and_then_all_are_shuffled(tmp_path: Path) -> None:
+    path, chat = rag_file(tmp_path / "a", "a", 10), chat_file(tmp_path / "c", 30)
+    random.seed(42)
+    expected = [f"a{number}" for number in range(10)] + random.sample([f"chat{number}" for number in range(30)], 10)
+    random.shuffle(expected)
+    assert names(merge_lines([path], chat=chat)) == expected
+
+
 def test_what_cannot_be_mixed(tmp_path: Path) -> None:
     path = rag_file(tmp_path / "a", "a", 10)
     with pytest.raises(InputError, match=r"cannot draw 10 lines from .+, which holds 9"):

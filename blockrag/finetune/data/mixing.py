@@ -1,8 +1,9 @@
 """Choosing, joining and shuffling lines of data files, repeatably, without holding the files.
 
 The positions chosen and their order are those of Python's `random.sample` and `random.shuffle` of the list of all
-lines, seeded anew for each step: what the published preparation does with seed 42 gives the same lines here, provided
-that they come in the same order.
+lines, seeded anew for each step; conversations are drawn before the shuffle, by the same generator. This is what the published
+preparation does with seed 42, so the same lines in the same order give the same file.
+Source: data_process/random_sample.py, merge.py and stepx_merge_tulu3_rag.py of TemporaryLoRA/Block-Attention.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def sample_lines(path: str | Path, n: int, *, seed: int = 42) -> Iterator[Line]:
         InputError: The file holds fewer lines, or `n` is below 1.
     """
     with LineFile(path) as lines:
-        for position in _drawn(path, lines, n, seed):
+        for position in _drawn(path, lines, n, random.Random(seed)):
             yield lines[position]
 
 
@@ -109,14 +110,15 @@ def merge_lines(
     with ExitStack() as stack:
         files = [stack.enter_context(LineFile(path)) for path in paths]
         places = [(file, position) for file in files for position in range(len(file))]
+        draw = random.Random(seed)
         talk = None if chat is None else stack.enter_context(LineFile(chat))
         if talk is not None and chat is not None:
             if not chat_ratio > 0:
                 raise InputError(f"chat_ratio must be above 0, got {chat_ratio}; pass 1 for as many conversations")
             wanted = max(1, round(chat_ratio * len(places)))
-            places += [(talk, position) for position in _drawn(chat, talk, wanted, seed)]
+            places += [(talk, position) for position in _drawn(chat, talk, wanted, draw)]
         if shuffle:
-            random.Random(seed).shuffle(places)
+            draw.shuffle(places)
         for file, position in places:
             line = file[position]
             if file is talk and not isinstance(line, ChatLine):
@@ -124,9 +126,9 @@ def merge_lines(
             yield line
 
 
-def _drawn(path: str | Path, lines: LineFile, n: int, seed: int) -> list[int]:
+def _drawn(path: str | Path, lines: LineFile, n: int, draw: random.Random) -> list[int]:
     if not 1 <= n <= len(lines):
         raise InputError(
             f"cannot draw {n:,} lines from {path}, which holds {len(lines):,}; ask for 1 to {len(lines):,}"
         )
-    return random.Random(seed).sample(range(len(lines)), n)
+    return draw.sample(range(len(lines)), n)
