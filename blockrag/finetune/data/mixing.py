@@ -1,8 +1,8 @@
 """Choosing, joining and shuffling lines of data files, repeatably, without holding the files.
 
 The positions chosen and their order are those of Python's `random.sample` and `random.shuffle` of the list of all
-lines, seeded anew for each step; conversations are drawn before the shuffle, by the same generator. This is what the published
-preparation does with seed 42, so the same lines in the same order give the same file.
+lines, seeded anew for each step; conversations are drawn before the shuffle, by the same generator. This is what the
+published preparation does with seed 42, so the same lines in the same order give the same file.
 Source: data_process/random_sample.py, merge.py and stepx_merge_tulu3_rag.py of TemporaryLoRA/Block-Attention.
 """
 
