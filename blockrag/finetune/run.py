@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -132,6 +133,10 @@ def finetune(
     shown = _template(template, known, tokenizer, settings)
     samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
     evaluated, _ = read_samples(eval_data, shown, tokenizer, settings.max_tokens, "skip", limit=eval_limit)
+    # Now, as they were read: days later they may be others, or gone.
+    files, eval_files = (
+        [data_file(Path(path), sum(1 for _ in read_lines(path))) for path in paths] for paths in (data, eval_data)
+    )
     rows = Rows(
         samples,
         variants=settings.variants,
@@ -165,7 +170,8 @@ def finetune(
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
-    if evaluated and not (settings.eval_steps and trainer.state.global_step % settings.eval_steps == 0):
+    # With `eval_steps` the Trainer did, behind the last step at the latest.
+    if evaluated and not settings.eval_steps:
         trainer.evaluate()
     history = tuple(trainer.state.log_history)
     passes = trainer.state.global_step * settings.batch_rows * settings.accumulate * arguments.world_size / len(rows)
@@ -174,8 +180,8 @@ def finetune(
         "base": Path(model).name if Path(model).exists() else str(model),
         "settings": settings.to_dict(),
         "template": shown.name,
-        "data": [data_file(Path(path), sum(1 for _ in read_lines(path))) for path in data],
-        "eval_data": [data_file(Path(path), sum(1 for _ in read_lines(path))) for path in eval_data],
+        "data": files,
+        "eval_data": eval_files,
         "samples": len(samples),
         "skipped": skipped,
         "rows": len(rows),
@@ -250,8 +256,10 @@ def _checkpoint(out: Path, *, resume: bool) -> Path | None:
     Raises:
         InputError: There is something and `resume` is off, or nothing and it is on.
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{str(out)!r} is a file; pass a directory to write the model to")
     found = sorted(
-        (path for path in (out / CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()),
+        (path for path in (out / CHECKPOINTS).glob("checkpoint-*") if _is_whole(path)),
         key=lambda path: int(path.name.rpartition("-")[2]),
     )
     if resume:
@@ -261,6 +269,15 @@ def _checkpoint(out: Path, *, resume: bool) -> Path | None:
     if found or (out / "config.json").exists():
         raise InputError(f"{str(out)!r} holds a run already; pass --resume to go on with it, or another --output")
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end; its state is what the Trainer writes last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _require(package: str, purpose: str) -> None:

@@ -55,7 +55,7 @@ class FinetuneSettings:
         lora_alpha: Their scale, divided by the rank.
         lora_dropout: Their dropout.
         eval_steps: Steps between two evaluations; 0 for one at the end.
-        save_steps: Steps between two checkpoints; 0 for one at the end.
+        save_steps: Steps between two checkpoints, beside one at the end; 0 for none: a run that stops is lost.
         save_limit: Checkpoints to keep.
         log_steps: Steps between two lines of the log.
 
