@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Answer": "blockrag.rag",
+    "BeyondTrainingWarning": "blockrag.model.trained",
     "Block": "blockrag.prompt",
     "BlockAttentionFacts": "blockrag.model.facts",
     "BlockKV": "blockrag.kv",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from blockrag.model.block_model import BlockModel
     from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
     from blockrag.model.sampling import GenerationOptions
+    from blockrag.model.trained import BeyondTrainingWarning
     from blockrag.passage import Hit, Passage
     from blockrag.prompt import Block, PromptTemplate, SegmentedPrompt, template_for
     from blockrag.rag import Answer, BlockRAG
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "BeyondTrainingWarning",
     "Block",
     "BlockAttentionFacts",
     "BlockKV",

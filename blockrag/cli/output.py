@@ -21,6 +21,7 @@ from rich.text import Text
 
 from blockrag.errors import BlockRAGError, PassageIndexError, StoreError, UnsupportedModelError
 from blockrag.model.facts import NotBlockFineTunedWarning
+from blockrag.model.trained import BeyondTrainingWarning
 
 __all__ = ["EXIT_CODES", "PARTLY_FAILED", "Output", "clean", "dump_json", "quiet_transformers", "reporting"]
 
@@ -38,6 +39,9 @@ Exit codes:
     3  the store or the index cannot be used (damaged, foreign, locked, full)
   130  interrupted
 """
+
+# Warnings that are shown as lines.
+_SAID = (NotBlockFineTunedWarning, BeyondTrainingWarning)
 
 # Text from models and documents must not move the cursor or set a terminal's title; line ends and tabs may stay.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -195,11 +199,12 @@ def _warnings_as_lines(out: Output) -> Iterator[None]:
         with warnings.catch_warnings():
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
-            warnings.simplefilter("always", NotBlockFineTunedWarning)
+            for said in _SAID:
+                warnings.simplefilter("always", said)
             original = warnings.showwarning
 
             def show(message: Warning | str, category: type[Warning], *place: object) -> None:
-                if issubclass(category, NotBlockFineTunedWarning):
+                if issubclass(category, _SAID):
                     out.warning(str(message))
                 else:
                     original(message, category, *place)  # type: ignore[arg-type]

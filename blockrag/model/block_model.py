@@ -36,6 +36,7 @@ from blockrag.model.profile import ModelProfile, Regime, structure_of
 from blockrag.model.running import RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.stream import ResultStream
+from blockrag.model.trained import TrainedRange
 from blockrag.model.verification import tolerance, verified_profile
 from blockrag.prompt import SegmentedPrompt, template_for
 from blockrag.stores import MemoryStore
@@ -104,6 +105,7 @@ class BlockModel:
 
     Warns:
         NotBlockFineTunedWarning: With attention="block", when the model is not known to be block-fine-tuned.
+        BeyondTrainingWarning: Later, at the first prompt with more blocks or tokens than it was block-fine-tuned on.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class BlockModel:
         self._kept_bytes = _checked_bytes(kept_bytes)
         self.device_pool = device_pool
         self._lock = ForwardGuard(model)
+        self._trained = TrainedRange(self.facts, self.name)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is not a causal language model of transformers 5: its forward takes no "
@@ -436,6 +439,7 @@ class BlockModel:
             device_pool=self.device_pool,
             lock=self._lock,
             stop_ids=self.stop_ids,
+            trained=self._trained,
             reencode=reencode,
         )
 

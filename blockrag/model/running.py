@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from blockrag.model.pool import BufferPool
     from blockrag.model.profile import Regime
     from blockrag.model.sampling import GenerationOptions
+    from blockrag.model.trained import TrainedRange
     from blockrag.prompt import Block
     from blockrag.stores.protocol import BlockStore
 
@@ -92,6 +93,7 @@ class RunningPrompt:
         device_pool: Hot blocks on the model's device.
         lock: Held during every forward: some models change their frequencies in it.
         stop_ids: Tokens that end an answer.
+        trained: What the model was block-fine-tuned on.
         reencode: Whether passages are moved to their positions in the prompt. Without it the keys of every local block
             stay at the positions 0, 1, ...: the paper's ablation ("w/o-pos"), of use for nothing but evaluation. Such a
             prompt neither finds composed passages nor leaves any.
@@ -105,6 +107,7 @@ class RunningPrompt:
     device_pool: DevicePool[AtRest] | None
     lock: AbstractContextManager[object]
     stop_ids: frozenset[int]
+    trained: TrainedRange
     reencode: bool = True
     usage: Usage = field(default_factory=Usage)
     timings: GenerationTimings = field(default_factory=GenerationTimings)
@@ -115,6 +118,8 @@ class RunningPrompt:
     # What the cache begins with, once it does and where it may be kept.
     _opening: _Opening | None = None
     _pending: list[int] = field(default_factory=list)
+    # Local blocks in the cache.
+    _composed: int = 0
     # Tokens the cache has seen; recurrent caches cannot tell.
     _placed: int = 0
     _started: float = 0.0
@@ -129,11 +134,18 @@ class RunningPrompt:
 
         Raises:
             PromptTooLongError: The prompt exceeds what the model can place.
+
+        Warns:
+            BeyondTrainingWarning: It exceeds what the model was block-fine-tuned on.
         """
         self._started = time.perf_counter()
         self.usage, self.timings = Usage(), GenerationTimings()
         added = sum(len(block.token_ids) for block in blocks) + len(self._pending)
-        limit = self._admit(len(self.token_ids) - len(self._pending) + added)
+        tokens = len(self.token_ids) - len(self._pending) + added
+        limit = self._admit(tokens)
+        self._composed += sum(block.local for block in blocks)
+        if self._composed:
+            self.trained.check(blocks=self._composed, tokens=tokens)
         if self.cache is None:
             leading = list(takewhile(lambda block: block.local, blocks))
             self._open(leading, added, room if limit is None else min(room, limit), limit)
