@@ -122,6 +122,7 @@ def test_the_digest_covers_passages_and_their_order(data: Path) -> None:
     [
         ({"passages": [], "question": "a?", "answers": []}, "answers must be a list"),
         ({"blocks": ["a", "b"], "response": "c"}, "has no question to evaluate"),
+        ({"passages": [], "question": "a?", "answers": ["b"], "kind": "all"}, "kind 'all' is what tables call"),
         ("[1]", "not an object"),
         ("{", "not valid JSON"),
         ({"question": "a?", "answers": ["b"], "pasages": []}, "unknown fields"),

@@ -30,6 +30,7 @@ PassageOrder = Literal["given", "reversed", "shuffled"]
 Retrieve = Callable[[str, int], Sequence[Candidate]]
 """Finds the given number of passages for a question, best first."""
 
+_ALL = "all"
 _RECALL_AT = (1, 2, 3, 5, 10, 20, 50, 100)
 
 
@@ -137,6 +138,8 @@ def read_questions(path: str | Path, selection: Selection | None = None, *, retr
         found = [found[number] for number in chosen]
     questions, supports = [], _Supports()
     for index, (number, line, question) in enumerate(found):
+        if question.kind == _ALL:
+            raise DataError(f"{path}, line {number}: kind {_ALL!r} is what tables call all questions; choose another")
         candidates: Sequence[Candidate] = line.passages
         if not candidates and selection.k != 0:
             if retrieve is None:
