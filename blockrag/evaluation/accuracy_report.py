@@ -22,7 +22,8 @@ __all__ = ["markdown", "write_accuracy_report"]
 _METRICS_TEXT = (
     "Percent ± one standard error. EM: the answer is one of the right ones. Substr-EM: it contains one of them, the "
     "accuracy of the paper. F1: words in common with the best right answer, as in SQuAD. Union F1: with the words of "
-    "all right answers together, as published model cards seem to count; not comparable with F1. All on normalized text."
+    "all right answers together, as published model cards seem to count; not comparable with F1. All on normalized "
+    "text."
 )
 _DIFFERENCES_TEXT = (
     "Δ: points above or below **{model}, {mode}**, question by question, ± one standard error of the difference. All "

@@ -138,8 +138,8 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 def union_f1(prediction: str, answers: Sequence[str]) -> float:
     """The same of the set of words, against the words of all answers together.
 
-    Not SQuAD's: a question with many spellings of its answer can hardly reach 1 here. So counts the evaluation script of
-    those who published block-fine-tuned checkpoints (hxia7); their model cards give an F1 without saying which.
+    Not SQuAD's: a question with many spellings of its answer can hardly reach 1 here. So counts the evaluation script
+    of those who published block-fine-tuned checkpoints (hxia7); their model cards give an F1 without saying which.
 
     Raises:
         InputError: There are no answers to compare with.
