@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockrag.errors import DataError
@@ -64,12 +64,17 @@ chat_lines = st.builds(
 )
 
 
+# A busy machine is slow; nothing here judges times.
+patient = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+
+
+@patient
 @given(st.one_of(rag_lines, block_lines, chat_lines))
 def test_a_line_is_read_as_it_was_written(line: Line) -> None:
     assert parse_line(json.loads(json.dumps(line_to_json(line))), "here") == line
 
 
-@settings(max_examples=20)
+@settings(patient, max_examples=20)
 @given(st.lists(st.one_of(rag_lines, block_lines, chat_lines), min_size=1, max_size=4))
 def test_so_is_a_file(tmp_path_factory: pytest.TempPathFactory, lines: list[Line]) -> None:
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"

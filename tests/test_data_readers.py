@@ -451,6 +451,7 @@ def test_conversations_as_the_hub_has_them(tmp_path: Path) -> None:
         talk("sbe brief", "uhello", "ahi", "uwhy?", "asince"),
         talk("uhello", "ahi", "umore"),
     ]
+    talks += [talk("s", "uhello", "ahi")]
     talks += [talk("uhello", "tnothing", "ahi"), talk("uhello", "a "), talk("uhello", "ahi", "aagain"), talk("ahi")]
     reasons: Counter[str] = Counter()
     as_parquet(tmp_path / "a", talks)
@@ -458,6 +459,7 @@ def test_conversations_as_the_hub_has_them(tmp_path: Path) -> None:
     assert [[message["content"] for message in line.messages] for line in lines] == [
         ["hello", "hi"],
         ["be brief", "hello", "hi", "why?", "since"],
+        ["", "hello", "hi"],
     ]
     assert lines[0].id == "x_1"
     assert reasons == {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,18 @@ def test_a_request_the_server_refuses_is_no_response(live: Live) -> None:
     assert refused == ""
     assert answered != ""
     teacher.close()
+
+
+def test_without_the_client_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['openai'] = None\n"
+        "from blockrag.errors import MissingDependencyError\n"
+        "from blockrag.finetune.data.teacher import ServedTeacher\n"
+        "try: ServedTeacher('http://127.0.0.1:9/v1', 'demo')\n"
+        "except MissingDependencyError as error: print(error)\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'blockrag[data]'" in printed
 
 
 def test_requests_run_no_further_ahead_than_twice_their_number(live: Live) -> None:

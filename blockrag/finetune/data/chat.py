@@ -10,8 +10,8 @@ from pathlib import Path
 
 from blockrag.errors import DataError
 from blockrag.finetune.data.lines import ChatLine, parse_line
+from blockrag.finetune.data.parts import LeftOut, nobody_asks
 from blockrag.finetune.data.records import Record, read_records
-from blockrag.finetune.data.schema import LeftOut, nobody_asks
 
 __all__ = ["read_chat"]
 
@@ -33,7 +33,7 @@ def read_chat(path: str | Path, *, left_out: LeftOut = nobody_asks) -> Iterator[
         messages = [_message(record, number, item) for number, item in enumerate(record.list_of("messages"), start=1)]
         if any(message["role"] not in _ROLES for message in messages):
             left_out("conversation with other roles")
-        elif any(not message["content"].strip() for message in messages):
+        elif any(message["role"] != "system" and not message["content"].strip() for message in messages):
             left_out("conversation with an empty message")
         elif not messages or messages[-1]["role"] != "assistant":
             left_out("conversation without an answer")

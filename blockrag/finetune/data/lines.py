@@ -30,6 +30,7 @@ from blockrag.errors import DataError, InputError
 from blockrag.passage import Passage, refuse_lone_surrogates
 
 __all__ = [
+    "BYTE_ORDER_MARK",
     "BlocksLine",
     "Candidate",
     "ChatLine",
@@ -47,7 +48,7 @@ __all__ = [
     "write_lines",
 ]
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ROLES = ("system", "user", "assistant")
 
 
@@ -148,7 +149,7 @@ def scan_lines(path: str | Path) -> Iterator[tuple[int, Line | DataError]]:
     try:
         with path.open("rb") as file:
             for number, data in enumerate(file, start=1):
-                if data.removeprefix(_BYTE_ORDER_MARK).strip():
+                if data.removeprefix(BYTE_ORDER_MARK).strip():
                     found = True
                     yield number, _scanned(data, f"{path}, line {number}")
     except OSError as error:
@@ -183,7 +184,7 @@ def parse_json(data: bytes, where: str) -> object:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        return json.loads(data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8"), parse_constant=refuse)
+        return json.loads(data.removeprefix(BYTE_ORDER_MARK).decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); write one object per line") from error
 

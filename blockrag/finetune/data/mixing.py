@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from blockrag.errors import DataError, InputError
-from blockrag.finetune.data.lines import ChatLine, Line, parse_json, parse_line
+from blockrag.finetune.data.lines import BYTE_ORDER_MARK, ChatLine, Line, parse_json, parse_line
 
 __all__ = ["LineFile", "merge_lines", "sample_lines"]
 
@@ -38,7 +38,7 @@ class LineFile:
             self._file = self._path.open("rb")
             start = 0
             for number, data in enumerate(self._file, start=1):
-                if data.strip():
+                if data.removeprefix(BYTE_ORDER_MARK).strip():
                     self._starts.append(start)
                     self._numbers.append(number)
                 start += len(data)

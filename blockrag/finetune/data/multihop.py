@@ -17,8 +17,8 @@ from typing import Any
 
 from blockrag.errors import DataError
 from blockrag.finetune.data.lines import RagLine
+from blockrag.finetune.data.parts import LeftOut, nobody_asks, rag_line
 from blockrag.finetune.data.records import Record, read_records
-from blockrag.finetune.data.schema import LeftOut, nobody_asks, rag_line
 
 __all__ = ["read_multihop"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from blockrag.errors import DataError, InputError
 from blockrag.finetune.data.lines import Candidate, Question, RagLine, parse_candidate, parse_question
+from blockrag.finetune.data.parts import LeftOut, distinct, nobody_asks
 from blockrag.finetune.data.records import Record, read_records
-from blockrag.finetune.data.schema import LeftOut, distinct, nobody_asks
 from blockrag.passage import Passage
 
 __all__ = ["read_squad"]
