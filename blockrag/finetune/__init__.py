@@ -10,6 +10,7 @@
     scoring.py    exact match without generating: the likelihood of the answers, many questions to a forward
     saving.py     what a fine-tuned directory holds
     run.py        `finetune`: all of it, from a model and files to a directory
+    plan.py       what a run would be, without training
     progress.py   the course of a run as lines
     plots.py      the course of a run as a picture
 

@@ -34,7 +34,17 @@ if TYPE_CHECKING:
 
     from blockrag.prompt import PromptTemplate
 
-__all__ = ["Finetuned", "TooLong", "finetune", "read_samples", "steps_of"]
+__all__ = [
+    "Finetuned",
+    "TooLong",
+    "finetune",
+    "read_samples",
+    "rows_of",
+    "steps_of",
+    "train_dtype",
+    "training_template",
+    "with_adapters",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -125,28 +135,21 @@ def finetune(
     base, tokenizer, known = load_pretrained(
         model,
         device=torch.device("cpu") if shared_out else placed,
-        dtype=_train_dtype(dtype, placed, settings),
+        dtype=train_dtype(dtype, placed, settings),
         revision=revision,
     )
     parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in base.parameters())
     kept = _saved_dtype(base, save_dtype, revision)
-    shown = _template(template, known, tokenizer, settings)
+    shown = training_template(template, known, tokenizer, settings)
     samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
     evaluated, _ = read_samples(eval_data, shown, tokenizer, settings.max_tokens, "skip", limit=eval_limit)
     # Now, as they were read: days later they may be others, or gone.
     files, eval_files = (
         [data_file(Path(path), sum(1 for _ in read_lines(path))) for path in paths] for paths in (data, eval_data)
     )
-    rows = Rows(
-        samples,
-        variants=settings.variants,
-        pack_tokens=settings.max_tokens if settings.pack else None,
-        order=settings.order,
-        max_gap=settings.max_gap,
-        seed=settings.seed,
-    )
+    rows = rows_of(samples, settings)
     flexible = _use_flex(base, placed)
-    trained = _with_adapters(base, settings) if settings.lora_rank else base
+    trained = with_adapters(base, settings) if settings.lora_rank else base
     trained.train()
     facts = _facts(known, shown, rows, settings)
     _set_schedule(arguments, settings, len(rows))
@@ -239,6 +242,22 @@ def read_samples(
     return samples, skipped
 
 
+def rows_of(samples: Sequence[Sample], settings: FinetuneSettings) -> Rows:
+    """The rows to train on.
+
+    Raises:
+        DataError: There is no sample.
+    """
+    return Rows(
+        samples,
+        variants=settings.variants,
+        pack_tokens=settings.max_tokens if settings.pack else None,
+        order=settings.order,
+        max_gap=settings.max_gap,
+        seed=settings.seed,
+    )
+
+
 def _that_fit(samples: Iterator[Sample], max_tokens: int) -> tuple[list[Sample], bool]:
     kept: list[Sample] = []
     left_out = False
@@ -306,7 +325,8 @@ def _is_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def _train_dtype(dtype: str | torch.dtype, device: torch.device, settings: FinetuneSettings) -> torch.dtype | str:
+def train_dtype(dtype: str | torch.dtype, device: torch.device, settings: FinetuneSettings) -> torch.dtype | str:
+    """The dtype of the weights while training, see `finetune`; "auto" for the checkpoint's own."""
     if dtype == "auto":
         return "auto" if settings.lora_rank and device.type == "cuda" else torch.float32
     return resolve_dtype(dtype, device)
@@ -323,12 +343,13 @@ def _saved_dtype(model: PreTrainedModel, save_dtype: str | torch.dtype, revision
     return said if isinstance(said, torch.dtype) else model.dtype
 
 
-def _template(
+def training_template(
     template: PromptTemplate | None,
     known: BlockAttentionFacts,
     tokenizer: PreTrainedTokenizerBase,
     settings: FinetuneSettings,
 ) -> PromptTemplate:
+    """The template that is trained, and saved: what was asked for or the model's own, with the block prefix."""
     found = template or known.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
     prefix = settings.block_prefix
     if prefix is None:
@@ -360,7 +381,12 @@ def _use_flex(model: PreTrainedModel, device: torch.device) -> bool:
     return True
 
 
-def _with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> Any:
+def with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> Any:
+    """The model with low-rank adapters on every linear layer but the output's; they alone are trained.
+
+    Raises:
+        MissingDependencyError: peft is not installed.
+    """
     _require("peft", "training adapters")
     from peft import LoraConfig, get_peft_model
 
@@ -476,10 +502,14 @@ def _save(
 
 
 def _reloaded(directory: Path, *, adapters: bool) -> Any:
+    """A gathered model, in one process."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    # Under ZeRO-3 transformers would share out the weights again, and wait for the other processes.
+    unset_hf_deepspeed_config()
     if adapters:
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(directory)
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(directory)
