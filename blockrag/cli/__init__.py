@@ -12,6 +12,7 @@ r"""The `blockrag` command: every part of the library that is worth a command li
     benching.py   bench
     evaluating.py eval
     data.py       data
+    finetuning.py finetune, presets
     demo.py       demo
 
 Only this package imports typer. Heavy libraries are imported when a command needs them, so `--help` and mistakes in
@@ -30,6 +31,7 @@ from blockrag.cli.benching import bench
 from blockrag.cli.data import data
 from blockrag.cli.demo import demo
 from blockrag.cli.evaluating import evaluate
+from blockrag.cli.finetuning import finetune, presets
 from blockrag.cli.generating import generate
 from blockrag.cli.indexing import delete, ingest, stats
 from blockrag.cli.output import EXIT_CODES
@@ -48,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (demo, ingest, query, chat, stats, delete, verify, generate, serve):
+for _command in (demo, ingest, query, chat, stats, delete, verify, generate, finetune, presets, serve):
     app.command(epilog=EXIT_CODES, no_args_is_help=False)(_command)
 app.command(name="eval", epilog=EXIT_CODES, no_args_is_help=False)(evaluate)
 app.add_typer(bench, name="bench")

@@ -52,14 +52,15 @@ class Output:
 
     Args:
         as_json: Standard output gets one JSON object and nothing else.
+        silent: Nothing is written: another process of the same command speaks.
     """
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, silent: bool = False) -> None:
         self.as_json = as_json
         self.exit_code = 0
-        self.messages = Console(stderr=True, highlight=False)
-        self._results = Console(highlight=False)
-        self._json_written = False
+        self.messages = Console(stderr=True, highlight=False, quiet=silent)
+        self._results = Console(highlight=False, quiet=silent)
+        self._json_written = silent
 
     @property
     def is_terminal(self) -> bool:
@@ -114,8 +115,10 @@ class Output:
 
 
 @contextmanager
-def reporting(as_json: bool) -> Iterator[Output]:
+def reporting(as_json: bool, *, silent: bool = False) -> Iterator[Output]:
     """Run a command: gives its `Output`, and ends the process with the exit code that fits what happened.
+
+    What a KeyboardInterrupt says is shown, so that a command can tell what it leaves.
 
     Raises:
         typer.Exit: With a code other than 0, if something failed.
@@ -124,7 +127,7 @@ def reporting(as_json: bool) -> Iterator[Output]:
         if hasattr(stream, "reconfigure"):
             # A title that this terminal's encoding lacks is no reason to lose the answer.
             stream.reconfigure(errors="replace")
-    out = Output(as_json=as_json)
+    out = Output(as_json=as_json, silent=silent)
     try:
         with _warnings_as_lines(out):
             yield out
@@ -133,8 +136,8 @@ def reporting(as_json: bool) -> Iterator[Output]:
         out.error(str(error))
         out.result({"error": {"type": type(error).__name__, "message": str(error)}})
         raise typer.Exit(code) from None
-    except KeyboardInterrupt:
-        message = "interrupted; what was stored stays, and the same command goes on from there"
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "interrupted; what was stored stays, and the same command goes on from there"
         out.error(message)
         out.result({"error": {"type": "KeyboardInterrupt", "message": message}})
         raise typer.Exit(_INTERRUPTED) from None

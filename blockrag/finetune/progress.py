@@ -44,12 +44,12 @@ class SaysProgress(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs:
             self._say(self._step_line(args, state, logs))
         elif line := evaluation_line(logs):
-            self._say(f"step {state.global_step:,}  {line}")
+            self._say(f"step {state.global_step:,}: {line}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Called by the Trainer behind every checkpoint."""
         if state.is_world_process_zero:
-            self._say(f"step {state.global_step:,}  checkpoint written")
+            self._say(f"step {state.global_step:,}: checkpoint written")
 
     def _step_line(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> str:
         taken = state.global_step - self._first_step
@@ -57,9 +57,9 @@ class SaysProgress(TrainerCallback):  # type: ignore[misc]
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         left = (state.max_steps - state.global_step) * seconds / max(1, taken)
         return (
-            f"step {state.global_step:,} of {state.max_steps:,}  loss {logs['loss']:.4f}  "
-            f"learning rate {logs['learning_rate']:.2e}  "
-            f"{rows * self._row_tokens * taken / seconds:,.0f} tokens/s  {duration(left)} left"
+            f"step {state.global_step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}, "
+            f"learning rate {logs['learning_rate']:.2e}, "
+            f"{rows * self._row_tokens * taken / seconds:,.0f} tokens/s, {duration(left)} left"
         )
 
 
@@ -75,7 +75,7 @@ def evaluation_line(logs: Mapping[str, float]) -> str:
         f"{mode} attention {logs[f'eval_{mode}_exact_match']:.1f} % (loss {logs[f'eval_{mode}_loss']:.3f})"
         for mode in ("full", "block")
     ]
-    return f"exact match: {', '.join(parts)}"
+    return f"exact match in {', '.join(parts)}"
 
 
 def duration(seconds: float) -> str:

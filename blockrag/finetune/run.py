@@ -38,6 +38,7 @@ __all__ = [
     "Finetuned",
     "TooLong",
     "finetune",
+    "last_checkpoint",
     "read_samples",
     "rows_of",
     "steps_of",
@@ -277,17 +278,24 @@ def _checkpoint(out: Path, *, resume: bool) -> Path | None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{str(out)!r} is a file; pass a directory to write the model to")
-    found = sorted(
-        (path for path in (out / CHECKPOINTS).glob("checkpoint-*") if _is_whole(path)),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
+    found = last_checkpoint(out)
     if resume:
-        if not found:
+        if found is None:
             raise InputError(f"there is no checkpoint in {str(out / CHECKPOINTS)!r} to resume from; leave --resume out")
-        return found[-1]
-    if found or (out / "config.json").exists():
+        return found
+    if found is not None or (out / "config.json").exists():
         raise InputError(f"{str(out)!r} holds a run already; pass --resume to go on with it, or another --output")
     return None
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The last whole checkpoint of a run, None if there is none.
+
+    Args:
+        out: The run's directory, which need not exist.
+    """
+    whole = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if _is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_whole(checkpoint: Path) -> bool:
