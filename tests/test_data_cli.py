@@ -173,7 +173,7 @@ def test_answering(tmp_path: Path, capitals: Path) -> None:
     assert [line["response"] for line in lines_of(output)] == list(CAPITALS.values())
     whole = output.read_bytes()
     output.write_bytes(whole[: whole.index(b"\n") + 9])
-    shown = run(*asked, "--attention", "full")
+    shown = run(*asked, "--attention", "block")
     assert "2 responses, 2 of them with an answer" in shown.stdout
     assert "1 lines were there already" in shown.stdout
     assert output.read_bytes() == whole

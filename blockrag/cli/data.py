@@ -302,9 +302,10 @@ def answer(
 ) -> None:
     """Have a model write the responses to train on.
 
-    A local model is asked in its own template; a server gets the published system text, the documents and the
-    published instruction as messages. Lines the output has already are skipped, so a run that was killed goes on
-    where it stopped. A question that the teacher refuses (a prompt too long for it) counts as one without an answer.
+    A local model is asked in its own template, in full attention unless --attention says block; a server gets the
+    published system text, the documents and the published instruction as messages. Lines the output has already are
+    skipped, so a run that was killed goes on where it stopped. A question that the teacher refuses (a prompt too long
+    for it) counts as one without an answer.
     """
     with reporting(as_json) as out, ExitStack() as stack:
         from blockrag.finetune.data.lines import read_rag_lines
@@ -319,7 +320,8 @@ def answer(
                 from blockrag.model.block_model import BlockModel
 
                 quiet_transformers()
-                chosen = attention_of(attention) or "block"
+                # A teacher need not be block-fine-tuned.
+                chosen = attention_of(attention) or "full"
                 loaded = BlockModel.from_pretrained(model_name(model), attention=chosen, device=device, dtype=dtype)
             teacher = ModelTeacher(loaded, options, batch_size=batch_size)
         else:
