@@ -18,6 +18,7 @@ from blockrag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from blockrag.model.block_model import BlockModel
+    from blockrag.model.facts import BlockAttentionFacts
     from blockrag.model.profile import ModelProfile, Regime
     from blockrag.rope import RopeSpec
 
@@ -78,7 +79,6 @@ def _show(out: Output, probed: BlockModel, profile: ModelProfile) -> None:
 
 def _facts(probed: BlockModel, profile: ModelProfile) -> dict[str, str]:
     config, weights = probed.model.config, sum(p.numel() for p in probed.model.parameters())
-    fine_tuned = {True: "yes", False: "no", None: "not known"}[probed.facts.block_fine_tuned]
     relative = profile.equivalence_error / profile.logit_scale
     limits = "not known" if profile.max_tokens is None else f"{profile.max_tokens:,} tokens, prompt and answer together"
     if profile.regime_limit is not None:
@@ -93,8 +93,22 @@ def _facts(probed: BlockModel, profile: ModelProfile) -> dict[str, str]:
         "limit": limits,
         "at rest": f"{_token_bytes(probed, profile):,} bytes per token in {probed.precision}",
         "template": probed.template.name,
-        "block-fine-tuned": fine_tuned,
+        "block prefix": repr(probed.template.block_attention_prefix)
+        if probed.template.block_attention_prefix
+        else "none",
+        "block-fine-tuned": _fine_tuned(probed.facts),
     }
+
+
+def _fine_tuned(facts: BlockAttentionFacts) -> str:
+    """Whether the model was, and what it has seen."""
+    known = {True: "yes", False: "no", None: "not known"}[facts.block_fine_tuned]
+    seen = [
+        f"{count:,} {what}"
+        for count, what in ((facts.max_blocks, "blocks"), (facts.max_tokens, "positions"))
+        if count is not None
+    ]
+    return f"{known}, on up to {' and '.join(seen)}" if seen else known
 
 
 def _layer_table(profile: ModelProfile, regime: Regime) -> Table:
@@ -179,5 +193,8 @@ def _as_json(name: str, probed: BlockModel, profile: ModelProfile) -> dict[str, 
         "precision": probed.precision,
         "bytes_per_token": _token_bytes(probed, profile),
         "template": probed.template.name,
+        "block_prefix": probed.template.block_attention_prefix,
         "block_fine_tuned": probed.facts.block_fine_tuned,
+        "max_trained_blocks": probed.facts.max_blocks,
+        "max_trained_tokens": probed.facts.max_tokens,
     }
