@@ -1,10 +1,9 @@
-"""The embedded demo: corpus, questions, made-up training data, packing, and the checkpoint itself."""
+"""The embedded demo: corpus, questions, made-up training data, and the checkpoint itself."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import random
 import re
 import subprocess
 import sys
@@ -13,29 +12,20 @@ import pytest
 import torch
 
 from blockrag import demo
-from blockrag.attention import block_mask
 from blockrag.demo import build_corpus, forms
-from blockrag.demo.packing import BOS, EOS, collate, exact_match
-from blockrag.demo.synthetic import Context, QuestionAnswer, RealFact, World, in_split, words
+from blockrag.demo.contexts import real_contexts, real_facts
+from blockrag.demo.synthetic import Context, RealFact, World, in_split, words
 from blockrag.errors import InputError
+from blockrag.finetune.demo import context_line
+from blockrag.finetune.samples import samples_of
+from blockrag.finetune.scoring import Mode, score
+from blockrag.model.loading import load_pretrained
+from blockrag.model.profile import structure_of
 
 
 @pytest.fixture(scope="module")
 def facts() -> list[RealFact]:
-    titles = {passage.id: passage.title for passage in demo.load_corpus()}
-    return [
-        RealFact(name=titles[row.passage_id], kind=row.kind, value=row.answer, held_out=row.held_out)
-        for row in demo.load_questions()
-    ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = demo.checkpoint_path()
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
-    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return real_facts()
 
 
 # -- Corpus and questions -----------------------------------------------------------------------------------------
@@ -337,170 +327,46 @@ def test_impossible_requests_are_refused(split, passages):
         World([], split=split, seed=0).context(passages=passages)
 
 
-# -- Packing ------------------------------------------------------------------------------------------------------
+# -- The checkpoint -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return checkpoint[1].backend_tokenizer
+def checkpoint():
+    """The model, its tokenizer and its facts, loaded as training loads them."""
+    return load_pretrained("demo", device=torch.device("cpu"), dtype=torch.float32, revision=None)
 
 
-_CONTEXT = Context(
-    passages=(("Abc", "The capital of Abc is Def."), ("Ghi", "Ghi covers 12 sq km.")),
-    questions=(
-        QuestionAnswer("What is the capital of Abc?", "Def", "capital"),
-        QuestionAnswer("What is the area of Ghi?", "12 sq km", "area"),
-    ),
-)
-
-
-def _lengths(tokenizer, context: Context, row: QuestionAnswer) -> list[int]:
-    texts = [forms.passage_block(*passage) for passage in context.passages]
-    lengths = [1 + len(tokenizer.encode(forms.PREFIX).ids)] + [len(tokenizer.encode(text).ids) for text in texts]
-    query = tokenizer.encode(forms.query_block(row.question)).ids + tokenizer.encode(forms.answer_text(row.answer)).ids
-    return [*lengths, len(query) + 1]
-
-
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("attention", ["block", "full"])
-def test_each_packed_question_sees_what_it_would_see_alone(tokenizer, attention, number):
-    packed = collate([_CONTEXT, Context(_CONTEXT.passages[:1], ())], tokenizer, attention)
-    row = _CONTEXT.questions[number]
-    lengths = _lengths(tokenizer, _CONTEXT, row)
-    shared = sum(lengths[:-1])
-    _, start, stop, _ = packed.spans[number]
-    begin = stop - lengths[-1]
-    kept = [*range(shared), *range(begin, stop)]
-    expected = (
-        block_mask(lengths) if attention == "block" else torch.ones(len(kept), len(kept), dtype=torch.bool).tril()
-    )
-    assert torch.equal(packed.mask[0, 0][kept][:, kept], expected)
-    assert packed.positions[0, kept].tolist() == list(range(len(kept)))
-    others = [place for place in range(packed.ids.shape[1]) if place not in kept]
-    assert not packed.mask[0, 0, begin:stop][:, others].any()
-    assert packed.ids[0, 0] == BOS
-    assert packed.ids[0, stop - 1] == EOS
-    assert tokenizer.decode(packed.ids[0, start:stop].tolist()) == forms.answer_text(row.answer)
-    assert packed.answers[0].sum() == sum(end - first for _, first, end, _ in packed.spans)
-    assert packed.mask.any(-1).all()
-    assert not packed.mask[1, 0, : _lengths(tokenizer, _CONTEXT, row)[0], -1].any()
-
-
-def test_gaps_only_move_whole_blocks(tokenizer):
-    plain = collate([_CONTEXT] * 40, tokenizer, "block")
-    moved = collate([_CONTEXT] * 40, tokenizer, "block", gaps=random.Random(0), max_gap=500)
-    assert torch.equal(plain.mask, moved.mask)
-    shift = moved.positions - plain.positions
-    assert shift.min() == 0
-    assert 100 < shift.max() <= 500
-    unmoved = (shift == 0).all(-1).sum()
-    assert 8 <= unmoved <= 32
-    steps = moved.positions.diff(dim=-1)[:, : sum(_lengths(tokenizer, _CONTEXT, _CONTEXT.questions[0])[:-1]) - 1]
-    assert (steps >= 1).all()
-    assert ((steps > 1).sum(-1) <= 2).all()
-
-
-def test_numbers_of_two_digits_are_single_tokens_and_any_text_survives(tokenizer):
+def test_numbers_of_two_digits_are_single_tokens_and_any_text_survives(checkpoint):
+    tokenizer = checkpoint[1].backend_tokenizer
     for number in (10, 47, 99, 4.7, 9.9):
         assert tokenizer.encode(str(number)).tokens == [str(number)]
     for text in ("1.42.3 and 12345\n\n  .x\u2028Ångström'll 東京 \U0001f600", " ", "4.75", ""):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_packing_refuses_nonsense(tokenizer):
-    for contexts, attention in (([], "block"), ([_CONTEXT], "banded")):
-        with pytest.raises(InputError):
-            collate(contexts, tokenizer, attention)
-
-
-# -- The checkpoint -----------------------------------------------------------------------------------------------
-
-
-def _held_out_contexts(count: int, passages: int = 4) -> list[Context]:
-    corpus = demo.load_corpus()
-    asked: dict[str, list[QuestionAnswer]] = {}
-    for row in demo.load_questions(True):
-        asked.setdefault(row.passage_id, []).append(QuestionAnswer(row.question, row.answer, row.kind))
-    rng = random.Random(1)
-    contexts = []
-    for passage in rng.sample([passage for passage in corpus if passage.id in asked], count):
-        chosen = [passage, *rng.sample([other for other in corpus if other.id != passage.id], passages - 1)]
-        rng.shuffle(chosen)
-        contexts.append(Context(tuple((one.title, one.text) for one in chosen), tuple(asked[passage.id])))
-    return contexts
-
-
-@pytest.mark.parametrize("attention", ["block", "full"])
-def test_the_checkpoint_answers_questions_about_countries_it_never_saw(checkpoint, attention):
-    model, tokenizer = checkpoint
-    right, asked = exact_match(model, tokenizer.backend_tokenizer, _held_out_contexts(10), attention)["all"]
-    assert asked > 45
-    assert right / asked > 0.8
-
-
-@torch.no_grad()
-def test_greedy_decoding_under_the_block_mask_agrees_with_exact_match(checkpoint):
-    model, tokenizer = checkpoint
-    for context in _held_out_contexts(3):
-        row = context.questions[0]
-        counted = exact_match(model, tokenizer.backend_tokenizer, [Context(context.passages, (row,))], "block")["all"][
-            0
-        ]
-        texts = [forms.passage_block(*passage) for passage in context.passages] + [forms.query_block(row.question)]
-        blocks = [[BOS, *tokenizer.encode(forms.PREFIX)]] + [tokenizer.encode(text) for text in texts]
-        for _ in range(24):
-            ids = torch.tensor([[token for block in blocks for token in block]])
-            mask = block_mask([len(block) for block in blocks])[None, None]
-            token = int(model(input_ids=ids, attention_mask=mask).logits[0, -1].argmax())
-            if token == EOS:
-                break
-            blocks[-1] = [*blocks[-1], token]
-        asked = len(tokenizer.encode(texts[-1]))
-        assert (tokenizer.decode(blocks[-1][asked:]) == forms.answer_text(row.answer)) == bool(counted)
-
-
-def test_the_template_gives_the_blocks_of_training(checkpoint, tokenizer):
-    _, fast = checkpoint
-    template = forms.template()
-    passages = demo.load_corpus()[:3]
-    prompt = template.segment(fast, passages=passages, question="What is the capital of Fiji?")
-    rows = tuple((passage.title, passage.text) for passage in passages)
-    asked = (QuestionAnswer("What is the capital of Fiji?", "Suva", "capital"),)
-    packed = collate([Context(rows, asked)], tokenizer, "block")
-    assert [token for block in prompt.blocks for token in block.token_ids] == packed.ids[
-        0, : packed.spans[0][1]
-    ].tolist()
-
-
-def test_the_checkpoint_says_what_it_is():
-    from blockrag.model.facts import load_facts
-
-    path = demo.checkpoint_path()
-    known = load_facts(path / "block_attention.json")
-    assert known.block_fine_tuned is True
-    assert known.template == forms.template()
-    assert known.max_blocks == 9
-    assert known.max_tokens > 800
-    assert "Measured" in (path / "README.md").read_text(encoding="utf-8")
-    files = {file.name: file.stat().st_size for file in path.iterdir()}
-    assert max(files.values()) < 16 * 2**20
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "train_log.json"} <= set(
-        files
-    )
-
-
-def test_two_steps_of_training_leave_a_loadable_checkpoint(tmp_path):
+def test_the_checkpoint_loads_offline_with_plain_transformers():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from blockrag.demo import train
+    path = demo.checkpoint_path()
+    assert AutoModelForCausalLM.from_pretrained(path, local_files_only=True).config.tie_word_embeddings
+    assert AutoTokenizer.from_pretrained(path, local_files_only=True).eos_token == "<eos>"
+    assert sum(file.stat().st_size for file in path.glob("*.safetensors")) < 16 << 20
 
-    small = "vocabulary=320 tokenizer_contexts=50 hidden=32 intermediate=32 layers=1 heads=2 kv_heads=1"
-    rest = "batch_tokens=200 block_phase=0.5"
-    train.main(["--out", str(tmp_path / "demo"), "--steps", "2", "--set", *small.split(), *rest.split()])
-    for folder, fine_tuned in ((tmp_path / "demo", True), (tmp_path / "demo" / "full_only", False)):
-        described = json.loads((folder / "block_attention.json").read_text(encoding="utf-8"))
-        assert described["block_fine_tuned"] is fine_tuned
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(folder).eos_token_id == EOS
-    log = json.loads((tmp_path / "demo" / "train_log.json").read_text(encoding="utf-8"))
-    assert log["steps"] == 2
+
+def test_the_facts_say_how_the_demo_prompts(checkpoint):
+    _, _, facts = checkpoint
+    assert facts.block_fine_tuned is True
+    assert facts.template.prefix.endswith(forms.PREFIX)
+    assert (facts.template.passage, facts.template.query) == (forms.PASSAGE_TEMPLATE, forms.QUERY_TEMPLATE)
+    assert facts.max_blocks >= 9
+    assert facts.max_tokens > 1000
+
+
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_the_checkpoint_answers_questions_about_countries_it_never_saw(checkpoint, mode: Mode):
+    model, tokenizer, facts = checkpoint
+    lines = [context_line(context) for context in real_contexts(held_out=True, passages=4, seed=1)[:10]]
+    samples = [sample for line in lines for sample in samples_of(line, facts.template, tokenizer, "here")]
+    right = [one.right for scores in score(model, structure_of(model), samples, mode, pad_id=0) for one in scores]
+    assert len(right) > 45
+    assert sum(right) / len(right) > 0.8

@@ -2,7 +2,7 @@
 
 Everything is read from the installed package, so that the first command works offline. This module only finds and
 parses files; it imports neither torch nor transformers. How the files were made: `build_corpus` (corpus and
-questions), `synthetic` (training data), `train` (checkpoint).
+questions), `synthetic` (training data), `blockrag.finetune.demo` (checkpoint).
 """
 
 from __future__ import annotations
