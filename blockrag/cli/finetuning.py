@@ -71,6 +71,13 @@ class Schedule(str, Enum):
     hold_then_linear = "hold-then-linear"
 
 
+class Optimizer(str, Enum):
+    """What makes steps of gradients."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="'demo', a hub id or a directory.")]
 Data = Annotated[list[Path], typer.Option("--data", help="Training lines; repeat it for several files.")]
 OutputDirectory = Annotated[Path, typer.Option("--output", help="The directory to write.")]
@@ -122,7 +129,10 @@ LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="The
 ScheduleOption = Annotated[Schedule | None, typer.Option("--schedule", help="Of the learning rate.")]
 Warmup = Annotated[float | None, typer.Option("--warmup", help="Share of the steps, or from 1 on their number.")]
 Decay = Annotated[float | None, typer.Option("--decay", help="Share of the steps in which hold-then-linear falls.")]
-WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="AdamW's.")]
+OptimizerOption = Annotated[
+    Optimizer | None, typer.Option("--optimizer", help="AdamW, or Muon for the matrices of the layers.")
+]
+WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="The optimizer's.")]
 Betas = Annotated[tuple[float, float] | None, typer.Option("--betas", help="AdamW's.")]
 MaxGradNorm = Annotated[float | None, typer.Option("--max-grad-norm", help="Gradients are scaled down to it.")]
 TrainSeed = Annotated[int | None, typer.Option("--seed", help="Draws rows, gaps, dropout and adapters.")]
@@ -173,6 +183,7 @@ def finetune(
     schedule: ScheduleOption = None,
     warmup: Warmup = None,
     decay: Decay = None,
+    optimizer: OptimizerOption = None,
     weight_decay: WeightDecay = None,
     betas: Betas = None,
     max_grad_norm: MaxGradNorm = None,
@@ -219,6 +230,7 @@ def finetune(
         "schedule": schedule,
         "warmup": warmup,
         "decay": decay,
+        "optimizer": optimizer,
         "weight_decay": weight_decay,
         "betas": betas,
         "max_grad_norm": max_grad_norm,

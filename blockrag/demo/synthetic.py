@@ -73,6 +73,7 @@ _ONSETS = [
 ]
 _VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "aa", "ai", "au", "ea", "ia", "ie", "io", "oa", "ou", "ue"]
 _CODAS = ["", "", "", "", "n", "r", "s", "l", "m", "k", "t", "d", "ng", "nd", "st", "sh", "x", "z", "rg", "lt"]
+_SYLLABLES = [onset + vowel for onset in _ONSETS[:4] + ["k", "l", "m", "n", "p", "r", "s", "t"] for vowel in "aeiou"]
 _ENDINGS = ["", "", "", "a", "ia", "land", "stan", "o", "es", "on", "ea", "ana", "is", "ru"]
 _ACCENTS = {"a": "áãâà", "e": "éèê", "i": "íî", "o": "óôõö", "u": "úü", "c": "ç", "n": "ñ", "s": "š", "z": "ž"}
 _PLACES = ["{}", "{}", "{}", "{}", "{}", "{} {}", "{} {}", "{} and {}", "{}-{}", "Saint {}", "{} Islands", "New {}"]
@@ -139,13 +140,15 @@ class World:
         facts: The demo corpus's facts; held-out ones are kept out, the others may be mixed in (train split only).
         split: Which half of the invented words to use.
         seed: Fixes everything that is drawn.
+        simple: Every name and value is one word of two syllables: what a model that cannot copy yet learns it from.
     """
 
-    def __init__(self, facts: Sequence[RealFact], *, split: Split, seed: int) -> None:
+    def __init__(self, facts: Sequence[RealFact], *, split: Split, seed: int, simple: bool = False) -> None:
         if split not in ("train", "test"):
             raise InputError(f"split is {split!r}; pass 'train' or 'test'")
         self._random = random.Random(f"{split}-{seed}")
         self._split: Split = split
+        self._simple = simple
         open_facts = [fact for fact in facts if not fact.held_out]
         shared = {text.casefold() for fact in open_facts for text in (fact.name, fact.value)}
         held_names = {fact.name.casefold() for fact in facts if fact.held_out}
@@ -156,7 +159,7 @@ class World:
         phrases = sorted((text for text in held if not re.search(r"\d|^\.", text)), key=len, reverse=True)
         self._held_phrase = re.compile("|".join(rf"\b{re.escape(text)}\b" for text in phrases)) if phrases else None
         self._chain = _letter_chain([fact.name for fact in open_facts] + [fact.value for fact in open_facts])
-        self._pool = self._real_pool(open_facts)
+        self._pool = self._real_pool([] if simple else open_facts)
 
     def context(
         self, *, passages: int, facts: tuple[int, int] = (4, 6), questions: int = 12, order: float = 0.7
@@ -197,7 +200,7 @@ class World:
         rng, names = self._random, [self._place()]
         while len(names) < count:
             name = self._place()
-            if rng.random() < 0.25:
+            if rng.random() < 0.25 and not self._simple:
                 base = max(re.sub(_GENERIC, " ", rng.choice(names)).split(), key=len)
                 name = rng.choice(("North {}", "South {}", "New {}", "{} Islands", "Saint {}", "{}ia")).format(base)
             if name not in names and self._allowed(name):
@@ -248,6 +251,8 @@ class World:
                 return name
 
     def _shaped(self, shapes: Sequence[str]) -> str:
+        if self._simple:
+            return self._word()
         return self._random.choice(shapes).format(self._word(), self._word())
 
     def _allowed(self, text: str) -> bool:
@@ -259,7 +264,9 @@ class World:
         rng = self._random
         while True:
             style = rng.random()
-            if style < 0.45:
+            if self._simple:
+                word = rng.choice(_SYLLABLES) + rng.choice(_SYLLABLES)
+            elif style < 0.45:
                 word = "".join(
                     rng.choice(_ONSETS) * (rng.random() < 0.9) + rng.choice(_VOWELS) + rng.choice(_CODAS)
                     for _ in range(rng.choice((1, 2, 2, 2, 3, 3)))
@@ -268,7 +275,7 @@ class World:
                 word = self._chained_word()
             else:
                 word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8)))
-            if rng.random() < 0.06:
+            if rng.random() < 0.06 and not self._simple:
                 place = rng.randrange(len(word))
                 word = word[:place] + rng.choice(_ACCENTS.get(word[place], word[place])) + word[place + 1 :]
             real = word.casefold() in self._real_words or _bare(word) in self._real_words

@@ -163,6 +163,7 @@ def finetune(
         reduction=settings.reduction,
         tokenizer=tokenizer,
         evaluated=evaluated,
+        optimizer=_muon(trained, arguments, settings) if settings.optimizer == "muon" else None,
         callbacks=[
             FactsInCheckpoints(facts),
             StopsOnNaN(),
@@ -409,6 +410,22 @@ def with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> Any:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def _muon(model: torch.nn.Module, arguments: TrainingArguments, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """Muon, where every process has whole matrices.
+
+    Raises:
+        InputError: The weights are shared out over processes.
+        MissingDependencyError: This torch has no Muon.
+    """
+    from blockrag.finetune.muon import MuonWithAdamW
+
+    if not hasattr(torch.optim, "Muon"):
+        raise MissingDependencyError(f"torch {torch.__version__} has no Muon; run: pip install 'torch>=2.9'")
+    if arguments.fsdp or arguments.deepspeed or "ACCELERATE_USE_FSDP" in os.environ:
+        raise InputError("optimizer='muon' needs whole matrices, and FSDP or DeepSpeed cuts them; use 'adamw' there")
+    return MuonWithAdamW(model, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
 def _arguments(

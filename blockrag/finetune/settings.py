@@ -11,12 +11,13 @@ from blockrag.errors import InputError
 from blockrag.finetune.loss import Reduction
 from blockrag.finetune.rows import Order, Variants
 
-__all__ = ["BLOCK_PREFIX", "PRESETS", "FinetuneSettings", "Schedule"]
+__all__ = ["BLOCK_PREFIX", "PRESETS", "FinetuneSettings", "Optimizer", "Schedule"]
 
 BLOCK_PREFIX = "[Block-Attention]"
 """What the published checkpoints were trained with; plain text, no token of its own."""
 
 Schedule: TypeAlias = Literal["constant", "linear", "cosine", "hold-then-linear"]
+Optimizer: TypeAlias = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,9 @@ class FinetuneSettings:
             falls in the last `decay` of the run to a fiftieth.
         warmup: Share of the steps, or from 1 on their number.
         decay: Share of the steps in which "hold-then-linear" falls.
-        weight_decay: AdamW's.
+        optimizer: "adamw", or "muon" for the matrices of the layers and AdamW for the rest, which takes small models
+            from random weights to their answers in about half of the tokens.
+        weight_decay: The optimizer's.
         betas: AdamW's.
         max_grad_norm: Gradients are scaled down to it.
         seed: Draws rows, gaps, dropout and adapters.
@@ -79,6 +82,7 @@ class FinetuneSettings:
     schedule: Schedule = "linear"
     warmup: float = 0.03
     decay: float = 0.4
+    optimizer: Optimizer = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0

@@ -69,6 +69,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         reduction: What the loss is divided by.
         tokenizer: Saved with every checkpoint.
         evaluated: What to score while training; may be empty.
+        optimizer: The optimizer, instead of the one that `arguments` name.
         callbacks: The Trainer's.
     """
 
@@ -83,6 +84,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         reduction: Reduction,
         tokenizer: PreTrainedTokenizerBase,
         evaluated: Sequence[Sample] = (),
+        optimizer: torch.optim.Optimizer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         super().__init__(
@@ -93,6 +95,7 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=list(evaluated) or None,
             data_collator=collator,
             processing_class=tokenizer,
+            optimizers=(optimizer, None),
             callbacks=list(callbacks),
         )
         # Of the Trainer: `compute_loss` divides by a number of the whole step, accumulation included.
