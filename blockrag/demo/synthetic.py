@@ -73,7 +73,7 @@ _ONSETS = [
 ]
 _VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "aa", "ai", "au", "ea", "ia", "ie", "io", "oa", "ou", "ue"]
 _CODAS = ["", "", "", "", "n", "r", "s", "l", "m", "k", "t", "d", "ng", "nd", "st", "sh", "x", "z", "rg", "lt"]
-_SYLLABLES = [onset + vowel for onset in _ONSETS[:4] + ["k", "l", "m", "n", "p", "r", "s", "t"] for vowel in "aeiou"]
+_SYLLABLES = [onset + vowel for onset in "bdfgklmnprstvz" for vowel in "aeiou"]
 _ENDINGS = ["", "", "", "a", "ia", "land", "stan", "o", "es", "on", "ea", "ana", "is", "ru"]
 _ACCENTS = {"a": "áãâà", "e": "éèê", "i": "íî", "o": "óôõö", "u": "úü", "c": "ç", "n": "ñ", "s": "š", "z": "ž"}
 _PLACES = ["{}", "{}", "{}", "{}", "{}", "{} {}", "{} {}", "{} and {}", "{}-{}", "Saint {}", "{} Islands", "New {}"]
