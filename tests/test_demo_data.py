@@ -16,7 +16,7 @@ from blockrag.demo import build_corpus, forms
 from blockrag.demo.contexts import real_contexts, real_facts
 from blockrag.demo.synthetic import Context, RealFact, World, in_split, words
 from blockrag.errors import InputError
-from blockrag.finetune.demo import context_line
+from blockrag.finetune.demo.lines import context_line
 from blockrag.finetune.samples import samples_of
 from blockrag.finetune.scoring import Mode, score
 from blockrag.model.loading import load_pretrained

@@ -15,7 +15,7 @@ from blockrag.demo.contexts import real_contexts
 from blockrag.errors import InputError
 from blockrag.finetune.collate import spans_of
 from blockrag.finetune.data.lines import Line
-from blockrag.finetune.demo import context_line
+from blockrag.finetune.demo.lines import context_line
 from blockrag.finetune.rows import Item
 from blockrag.finetune.samples import Sample
 from blockrag.finetune.scoring import Mode, Score, score

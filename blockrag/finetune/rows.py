@@ -102,9 +102,7 @@ class Rows(Dataset[Row]):
         """Most local blocks, and most positions from the first block to the end of an answer, under block attention."""
         seen = [item for row in self for item in row if item.attention == "block"]
         blocks = max((len(item.sample.blocks) for item in seen), default=0)
-        positions = (
-            item.sample.shared_tokens + sum(item.gaps) + max(map(len, item.sample.branches)) for item in seen
-        )
+        positions = (item.sample.shared_tokens + sum(item.gaps) + max(map(len, item.sample.branches)) for item in seen)
         return blocks, max(positions, default=0)
 
     def _item(self, number: int, attention: Attention) -> Item:
