@@ -38,7 +38,7 @@ class Memory:
     """What the largest row takes on one device that holds everything, in bytes; an estimate.
 
     The first three are known; activations are a count of what the layers of a Llama keep for the backward pass, within
-    a fifth of what was measured for Llama and Qwen3. The workspace of kernels and fragmentation are not in it.
+    a quarter of what was measured for Llama and Qwen3. The workspace of kernels and fragmentation are not in it.
 
     Args:
         weights: All weights, and their copies in bfloat16 where that is computed in.
