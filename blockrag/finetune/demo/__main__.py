@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from blockrag.finetune.demo.recipe import make
+from blockrag.finetune.demo.release import release
 from blockrag.finetune.demo.table import table
 
 __all__ = ["main"]
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, where the processor has it")
     parser.add_argument("--threads", type=int, default=1, help="threads of each computation")
     parser.add_argument("--no-table", action="store_true", help="make the models alone")
+    parser.add_argument("--release", type=Path, help="directory to write the first seed's model to, as it ships")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     transformers_logging.disable_progress_bar()
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = table(chosen.out, chosen.seeds)
         (chosen.out / "table.md").write_text(found, "utf-8")
         print(found)  # noqa: T201 (the result of the command)
+        if chosen.release is not None:
+            options = " --bf16" if chosen.bf16 else ""
+            command = f"python -m blockrag.finetune.demo --out DIR --seeds {' '.join(map(str, chosen.seeds))}{options}"
+            release(chosen.out, chosen.seeds[0], chosen.release, command, found)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from blockrag.demo.contexts import real_facts
 from blockrag.demo.untrained import Shape, save_untrained
 from blockrag.finetune.data.lines import write_lines
 from blockrag.finetune.demo.lines import BATCH_ROWS, block_lines, curriculum_lines, unseen_lines
-from blockrag.finetune.run import finetune
+from blockrag.finetune.run import finetune, last_checkpoint
 from blockrag.finetune.saving import CHECKPOINTS
 from blockrag.finetune.settings import FinetuneSettings
 
@@ -80,7 +80,7 @@ def _run(start: Path, out: Path, data: Path, settings: FinetuneSettings) -> None
     if (out / "config.json").is_file():
         return
     logger.info("%s ...", out)
-    resume = any((out / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"))
+    resume = last_checkpoint(out) is not None
     finetune(start, [data], out, settings, eval_data=[data.with_name("eval.jsonl")], resume=resume, device="cpu")
     # Only for resuming, and three times the size of the model.
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
