@@ -89,8 +89,8 @@ the sentence forms of the same file. Anything else gives nonsense, and it never 
 
 ## Data
 Only generated text (`blockrag/demo/synthetic.py`): made-up countries with made-up values, {facts[0]} to {facts[1]}
-facts a passage, to which names and values of real countries that are not held out were mixed in at random, so the statements
-are false on purpose. 60 real countries are held out: neither their names, nor values that only they have, occur in the
+facts a passage. Names and values of real countries that are not held out were mixed in at random, so the statements are
+false on purpose. 60 real countries are held out: neither their names, nor values that only they have, occur in the
 training data. The words of the generator's test split are disjoint from those of its train split. Mistakes on held-out
 countries were looked at while an earlier version was developed (they led to the short form of numbers); this version's
 recipe was chosen on the training loss alone.
