@@ -35,7 +35,7 @@ TINY = Shape(hidden=32, intermediate=48, layers=2, heads=2, kv_heads=1, vocabula
 
 @pytest.fixture(scope="module")
 def lines() -> list[RagLine]:
-    return list(block_lines(0, scale=0.04))
+    return list(block_lines(0, scale=0.12))
 
 
 def test_the_seed_decides_the_lines() -> None:
