@@ -31,6 +31,8 @@ DOORS = {
     "diskcache": {"stores"},
     "sentence_transformers": {"encoders"},
     "llama_index": {"ingest"},
+    "accelerate": {"finetune"},
+    "peft": {"finetune"},
     "typer": {"cli"},
     "fastapi": {"server"},
     "starlette": {"server"},
