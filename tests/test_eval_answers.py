@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from blockrag.evaluation.accuracy_report import markdown, write_accuracy_report
 from blockrag.evaluation.answers import MODES, AnswerSettings, answer_questions, modes_named
 from blockrag.evaluation.flops import ModelShape, flops_to_first_token
 from blockrag.evaluation.metrics import score
-from blockrag.evaluation.predictions import read_predictions
+from blockrag.evaluation.predictions import Predictions, read_predictions
 from blockrag.evaluation.questions import Selection, read_questions
 from blockrag.model.block_model import BlockModel
 from blockrag.model.sampling import GenerationOptions
@@ -201,13 +202,36 @@ def test_answers_of_another_model_are_refused(
         answer(make_model("llama"), data, answered[0].parent)
 
 
-@pytest.mark.parametrize("content", [b"{}\n", b"not json\n", b'{"question": "a"}\n'])
+@pytest.mark.parametrize("content", [b"{}\n", b"not json\n", b'{"question": "a"}\n', b"no line end"])
 def test_foreign_files_are_not_touched(model: BlockModel, data: Path, tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "full.jsonl"
+    path = tmp_path / "block.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="line 1: not the header"):
         answer(model, data, tmp_path)
     assert path.read_bytes() == content
+    # Nor does the mode whose file was opened before stand in the way of the next run.
+    assert not (tmp_path / "full.jsonl").read_bytes()
+
+
+def test_a_full_disk_is_reported_and_leaves_whole_answers(answered: list[Path], tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    header, predictions = read_predictions(answered[0])
+    path = tmp_path / "full.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with Predictions(path, header) as file:
+            file.append(predictions[0])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+            with pytest.raises(InputError, match=r"cannot write .*full\.jsonl .*the 1 answers that are there stay"):
+                file.append(predictions[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    with Predictions(path, header) as file:
+        assert file.done == 1
+        file.append(predictions[1])
+    assert read_predictions(path)[1] == predictions[:2]
 
 
 def test_a_damaged_line_is_named(model: BlockModel, data: Path, answered: list[Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import SEEK_END, BufferedRandom
 from pathlib import Path
@@ -23,6 +24,8 @@ from blockrag.errors import DataError, InputError
 __all__ = ["Prediction", "Predictions", "Tokens", "read_predictions"]
 
 _FORMAT = 1
+# Every header begins with this.
+_BEGINNING = b'{"blockrag_predictions": '
 _COMPARED = ("model", "mode", "data", "options")
 
 
@@ -106,6 +109,8 @@ class Prediction:
 class Predictions:
     """A file of predictions, open for the answers that are missing.
 
+    The header is written with the first answer, so that a run that never came to one stands in nobody's way.
+
     Args:
         path: Made, with its directory, if it is not there; else continued behind its last whole line.
         header: "model", "mode", "data" and "options" must be those of a file that is there; "made" need not.
@@ -117,13 +122,14 @@ class Predictions:
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
         self.done = 0
+        self._header = header
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BufferedRandom = path.open("r+b") if path.exists() else path.open("w+b")
         except OSError as error:
             raise InputError(f"cannot write {path} ({error.strerror}); pass another --output") from error
         try:
-            self._open(header)
+            self._open()
         except BaseException:
             self._file.close()
             raise
@@ -133,15 +139,26 @@ class Predictions:
 
         Raises:
             ValueError: It is not the next one.
+            InputError: It cannot be written.
         """
         if prediction.index != self.done:
             raise ValueError(f"{self.path} holds {self.done} answers; the next is {self.done}, not {prediction.index}")
-        self._write(prediction.to_json())
+        try:
+            lines = [] if self._file.tell() else [{"blockrag_predictions": _FORMAT, **self._header}]
+            self._file.write(b"".join(map(_line, [*lines, prediction.to_json()])))
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path} ({error.strerror}); make room and run the same command again: the "
+                f"{self.done} answers that are there stay"
+            ) from error
         self.done += 1
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
-        self._file.close()
+        # What could not be written was said by `append`; the line that it cut off is dropped when the run goes on.
+        with suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> Predictions:
         return self
@@ -151,14 +168,16 @@ class Predictions:
     ) -> None:
         self.close()
 
-    def _open(self, header: Mapping[str, Any]) -> None:
+    def _open(self) -> None:
         end = 0
         for number, data in enumerate(self._file):
             if not data.endswith(b"\n"):
-                # Cut off when the run was killed.
+                # Cut off when the run was killed; what no run began is somebody else's.
+                if number == 0 and not (data.startswith(_BEGINNING) or _BEGINNING.startswith(data)):
+                    raise _no_header(self.path, data)
                 break
             if number == 0:
-                _check_header(self.path, data, header)
+                _check_header(self.path, data, self._header)
             else:
                 found = _parsed(self.path, number + 1, data)
                 if found.index != self.done:
@@ -171,12 +190,6 @@ class Predictions:
         if self._file.seek(0, SEEK_END) != end:
             self._file.truncate(end)
         self._file.seek(end)
-        if not end:
-            self._write({"blockrag_predictions": _FORMAT, **header})
-
-    def _write(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
 
 
 def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[Prediction]]:
@@ -193,6 +206,10 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[Prediction]
     if not lines:
         raise DataError(f"{path} is empty; pass a file that `blockrag eval` wrote")
     return _header(path, lines[0]), [_parsed(path, number, data) for number, data in enumerate(lines[1:], start=2)]
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _check_header(path: Path, data: bytes, header: Mapping[str, Any]) -> None:
@@ -221,7 +238,14 @@ def _header(path: Path, data: bytes) -> dict[str, Any]:
             return dict(header)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise DataError(f"{path}, line 1: not the header of predictions ({data[:60]!r}); pass a file `blockrag eval` wrote")
+    raise _no_header(path, data)
+
+
+def _no_header(path: Path, data: bytes) -> DataError:
+    return DataError(
+        f"{path}, line 1: not the header of predictions ({data[:60]!r}); pass a file `blockrag eval` wrote, or another "
+        "--output"
+    )
 
 
 def _parsed(path: Path, number: int, data: bytes) -> Prediction:
