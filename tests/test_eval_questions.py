@@ -91,6 +91,17 @@ def test_recall_says_what_it_rests_on(data: Path) -> None:
     assert read_questions(data, Selection(k=0)).recall == {}
 
 
+def test_evidence_behind_the_first_k_is_missed_evidence(tmp_path: Path) -> None:
+    """Data that marks nothing but the evidence, as is allowed: the mark decides even where it is cut off."""
+    marked = [passage("b", supports=True), passage("a"), passage("c")]
+    lines = [
+        {"passages": marked, "question": "One?", "answers": ["word"]},
+        {"passages": marked[::-1], "question": "Two?", "answers": ["word"]},
+    ]
+    asked = read_questions(write(tmp_path / "data.jsonl", lines), Selection(k=2))
+    assert asked.recall == {"flag": {"questions": 2, "at": {"1": 0.5, "2": 0.5}}}
+
+
 def test_questions_without_passages_are_searched_for(tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", [{"question": "Who?", "answers": ["x"]}, LINES[1]])
     asks = []
@@ -103,8 +114,10 @@ def test_questions_without_passages_are_searched_for(tmp_path: Path) -> None:
     assert asks == [("Who?", 2)]
     assert ids(asked) == ["12", "de"]
     assert ids(read_questions(path, Selection(k=2, order="reversed"), retrieve=retrieve)) == ["21", "ed"]
-    with pytest.raises(InputError, match="k is missing"):
-        read_questions(path, retrieve=retrieve)
+    # By default all passages of a line, however many, and a few of the index.
+    many = write(tmp_path / "many.jsonl", [LINES[1] | {"passages": [passage(c) for c in "abcdefgh"]}, LINES[1]])
+    assert ids(read_questions(many, retrieve=retrieve)) == ["abcdefgh", "de"]
+    assert ids(read_questions(path, retrieve=retrieve)) == ["12345", "de"]
     with pytest.raises(DataError, match=r"own\.jsonl, line 1: has no passages; pass an index"):
         read_questions(path)
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-# Where a file without passages is asked over an index and -k says nothing, as elsewhere.
-_TOP_K = 5
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -242,10 +240,11 @@ def _read(
 ) -> Asked:
     from blockrag.evaluation.questions import Selection, read_questions
 
+    selection = Selection(k, order.value, limit, seed)
     if index is None:
-        return read_questions(data, Selection(k, order.value, limit, seed))
+        return read_questions(data, selection)
     with _searching(index) as retrieve, out.working(f"searching {index} ..."):
-        return read_questions(data, Selection(_TOP_K if k is None else k, order.value, limit, seed), retrieve=retrieve)
+        return read_questions(data, selection, retrieve=retrieve)
 
 
 @contextmanager

@@ -22,7 +22,10 @@ from blockrag.finetune.data.lines import Candidate, Question, RagLine, parse_jso
 from blockrag.fingerprint import hash_json
 from blockrag.passage import Passage
 
-__all__ = ["Asked", "EvalQuestion", "PassageOrder", "Retrieve", "Selection", "read_questions"]
+__all__ = ["TOP_K", "Asked", "EvalQuestion", "PassageOrder", "Retrieve", "Selection", "read_questions"]
+
+TOP_K = 5
+"""Passages that are searched for where nothing says how many, as elsewhere."""
 
 PassageOrder = Literal["given", "reversed", "shuffled"]
 """How passages stand in the prompt; "reversed" puts the best-ranked next to the question."""
@@ -39,7 +42,8 @@ class Selection:
     """Which questions of a file, and which of their passages.
 
     Args:
-        k: How many passages, the first of the line or the best of the index; None for all of a line.
+        k: How many passages, the first of the line or the best of the index; None for all of a line and `TOP_K` of an
+            index.
         order: How they then stand in the prompt.
         limit: How many questions; None for all.
         seed: Draws them, and shuffles passages. None takes the first questions of the file.
@@ -106,7 +110,8 @@ class Asked:
 
     def describe(self) -> dict[str, Any]:
         """What a file of predictions says about them; the digest covers every question with all its passages."""
-        contents = [asdict(question) for question in self.questions]
+        # One at a time: as one text, a hundred thousand questions with ten passages each would be gigabytes.
+        contents = [hash_json(asdict(question)) for question in self.questions]
         return {
             "file": self.name,
             "questions": len(self.questions),
@@ -127,7 +132,6 @@ def read_questions(path: str | Path, selection: Selection | None = None, *, retr
     Raises:
         DataError: The file cannot be read or a line is malformed; or a question brings no passages and there is no
             index; names the file and the line.
-        InputError: There is an index and `k` says nothing.
     """
     path, selection = Path(path), selection or Selection()
     found = [(number, line, question) for number, line in _lines(path) for question in line.questions]
@@ -144,12 +148,9 @@ def read_questions(path: str | Path, selection: Selection | None = None, *, retr
         if not candidates and selection.k != 0:
             if retrieve is None:
                 raise DataError(f"{path}, line {number}: has no passages; pass an index to search, or k=0 for none")
-            if selection.k is None:
-                raise InputError("k is missing; pass the number of passages to search for")
-            candidates = retrieve(question.question, selection.k)
-        candidates = candidates[: selection.k]
-        supports.add(candidates, question)
-        questions.append(_asked(index, number, line, question, candidates, selection))
+            candidates = retrieve(question.question, TOP_K if selection.k is None else selection.k)
+        supports.add(candidates, question, selection.k)
+        questions.append(_asked(index, number, line, question, candidates[: selection.k], selection))
     return Asked(path.name, tuple(questions), asdict(selection), supports.recall())
 
 
@@ -180,10 +181,11 @@ class _Supports:
     def __init__(self) -> None:
         self._found: dict[str, list[tuple[bool, ...]]] = {}
 
-    def add(self, candidates: Sequence[Candidate], question: Question) -> None:
+    def add(self, candidates: Sequence[Candidate], question: Question, k: int | None) -> None:
+        # All candidates say whether the data set marks evidence, also where only those behind the first k are marked.
         supports, evidence = supporting(candidates, question.answers)
-        if supports:
-            self._found.setdefault(evidence, []).append(supports)
+        if supports[:k]:
+            self._found.setdefault(evidence, []).append(supports[:k])
 
     def recall(self) -> dict[str, dict[str, Any]]:
         result = {}
