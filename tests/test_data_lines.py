@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
     with pytest.raises(DataError, match="cannot write"):
         write_lines(path / "below", [line])
+
+
+def test_only_a_regular_file_is_replaced_and_that_is_said_before_the_work(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+
+    def work() -> Iterator[Line]:
+        raise AssertionError("an hour of ranking")
+        yield
+
+    for name in ("pipe", "folder"):
+        with pytest.raises(DataError, match=f"cannot write .+{name} .not a regular file.; pass the name of a file"):
+            write_lines(tmp_path / name, work())
+    assert (tmp_path / "pipe").is_fifo()

@@ -240,6 +240,18 @@ def test_multihop_sets_with_sentences(tmp_path: Path, record: Any, write: Callab
     assert texts(published)[0] == "Arvo is a country.It lies in the north."
 
 
+def test_hotpotqa_is_read_as_its_text_was(tmp_path: Path) -> None:
+    """Its sentences are cut from whole text, sometimes inside of one."""
+    cut = [["Arvo", ["Arvo! is a film.", ' It followed "Oh!', '" (1903).']], ["Brask", ['A file ends in ".', 'brk".']]]
+    json_list(tmp_path / "data", [{**TWOWIKI, "context": cut}])
+    (line,) = SOURCES["hotpotqa"](tmp_path / "data")
+    assert isinstance(line, RagLine)
+    assert texts(line) == ['Arvo! is a film. It followed "Oh!" (1903).', 'A file ends in ".brk".']
+    (separated,) = SOURCES["hotpotqa"](tmp_path / "data", sentence_separator=" ")
+    assert isinstance(separated, RagLine)
+    assert texts(separated)[1] == 'A file ends in ". brk".'
+
+
 @pytest.mark.parametrize(
     ("record", "answers"), [(IRCOT, ("in the north", "north")), (MUSIQUE, ("in the north", "north"))]
 )
@@ -316,6 +328,7 @@ def bad(record: Any, **fields: Any) -> Any:
             "ctxs 1: score must be a finite number, got 'high'",
         ),
         (read_squad, {"question": "q"}, "SQuAD has data, or context and question"),
+        (read_squad, {"context": None, "question": "q", "answers": []}, "context must be a string, got None"),
         (read_squad, {"data": ["text"]}, "article 1: must be an object with a list of paragraphs"),
         (
             read_squad,
@@ -419,6 +432,8 @@ def test_squad_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
     assert len(next(read_squad(path, distractors=8)).passages) == 9
     with pytest.raises(InputError, match="gold must be at least 1"):
         list(read_squad(path, gold=0))
+    with pytest.raises(InputError, match="distractors is 0; ask for some"):
+        list(read_squad(path, same_article=True))
 
 
 @pytest.mark.parametrize("write", [as_parquet, json_lines])
@@ -435,6 +450,23 @@ def test_squad_as_the_hub_has_it(tmp_path: Path, write: Callable[[Path, list[Any
     (line,) = read_squad(tmp_path / "a")
     assert [(q.id, q.answers) for q in line.questions] == [("1", ("north",)), ("3", ("Arvo",))]
     assert line.passages[0].passage.id == "Arvo#1"
+
+
+def test_a_bad_flat_record_is_said_with_its_own_place(tmp_path: Path) -> None:
+    flat = [
+        {"title": title, "context": title, "question": asked, "answers": {"text": ["a"]}}
+        for title, asked in [("Arvo", "Where?"), ("Brask", "Where?"), ("Arvo", " ")]
+    ]
+    json_lines(tmp_path / "a", flat)
+    with pytest.raises(DataError, match="a, line 3: question must be a non-empty string"):
+        list(read_squad(tmp_path / "a"))
+
+
+def test_articles_without_titles_are_named_by_number(tmp_path: Path) -> None:
+    path = tmp_path / "one, two.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": SQUAD["data"][1]["paragraphs"][:1]}]}))
+    (line,) = read_squad(path)
+    assert line.passages[0].passage.id == "article 1, paragraph 1"
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------

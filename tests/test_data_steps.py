@@ -251,8 +251,9 @@ def test_what_cannot_be_mixed(tmp_path: Path) -> None:
     path = rag_file(tmp_path / "a", "a", 10)
     with pytest.raises(InputError, match=r"cannot draw 10 lines from .+, which holds 9"):
         list(merge_lines([path], chat=chat_file(tmp_path / "c", 9)))
-    with pytest.raises(InputError, match="chat_ratio must be above 0, got nan"):
-        list(merge_lines([path], chat=tmp_path / "c", chat_ratio=float("nan")))
+    for ratio in ("nan", "inf", "0"):
+        with pytest.raises(InputError, match=f"chat_ratio must be a finite number above 0, got {ratio}"):
+            list(merge_lines([path], chat=tmp_path / "c", chat_ratio=float(ratio)))
     with pytest.raises(DataError, match=r"b, line \d+: no conversation"):
         list(merge_lines([path], chat=rag_file(tmp_path / "b", "b", 10)))
 
@@ -304,6 +305,16 @@ def test_everything_that_is_wrong_is_listed(tmp_path: Path) -> None:
     assert report.errors[0].startswith(f"{path}, line 1: has the fields []")
     assert report.errors[1].startswith(f"{path}, line 3: message 1 is an answer without")
     assert report.forms == {"chat": 2}
+
+
+def test_a_line_that_cannot_be_shown_counts_for_no_tokens(tmp_path: Path) -> None:
+    talk = [("user", "hi"), ("assistant", "ho"), ("assistant", "and another thing")]
+    good, bad = ({"messages": [{"role": role, "content": text} for role, text in some]} for some in (talk[:2], talk))
+    (tmp_path / "a").write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    report = check_file(tmp_path / "a", template=forms.template(), tokenizer=plain_tokenizer())
+    assert report.bad_lines == 1
+    assert report.tokens is not None
+    assert report.separate_tokens == report.tokens.total
 
 
 def test_spread() -> None:

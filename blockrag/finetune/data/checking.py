@@ -145,13 +145,13 @@ def _tokens(
     max_tokens: int | None,
     report: FileReport,
 ) -> int:
-    total = 0
-    longest = 0
+    total = separate = longest = 0
     for sample in samples_of(line, template, tokenizer, where):
         total += sample.num_tokens
         alone = [sample.shared_tokens + len(branch) for branch in sample.branches]
-        report.separate_tokens = (report.separate_tokens or 0) + sum(alone)
+        separate += sum(alone)
         longest = max(longest, *alone)
+    report.separate_tokens = (report.separate_tokens or 0) + separate
     if max_tokens is not None and longest > max_tokens:
         report.too_long.append(number)
     return total

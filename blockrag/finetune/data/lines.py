@@ -37,6 +37,7 @@ __all__ = [
     "Line",
     "Question",
     "RagLine",
+    "dump_line",
     "line_to_json",
     "parse_candidate",
     "parse_json",
@@ -44,6 +45,7 @@ __all__ = [
     "parse_question",
     "read_lines",
     "read_rag_lines",
+    "refuse_special_file",
     "scan_lines",
     "write_lines",
 ]
@@ -225,12 +227,13 @@ def write_lines(path: str | Path, lines: Iterable[Line]) -> int:
     path = Path(path)
     count = 0
     try:
+        refuse_special_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 for line in lines:
-                    file.write(json.dumps(line_to_json(line), ensure_ascii=False) + "\n")
+                    file.write(dump_line(line))
                     count += 1
             if not count:
                 raise DataError(f"there is nothing to write to {path}; every line was left out")
@@ -245,6 +248,22 @@ def write_lines(path: str | Path, lines: Iterable[Line]) -> int:
     except OSError as error:
         raise DataError(f"cannot write {path} ({error.strerror}); pass another path") from error
     return count
+
+
+def refuse_special_file(path: Path) -> None:
+    """Check, before there is work to lose, that an output is no directory, device or pipe: writing would replace it.
+
+    Raises:
+        DataError: It is one.
+        OSError: It cannot be looked at.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"cannot write {path} (not a regular file); pass the name of a file")
+
+
+def dump_line(line: Line) -> str:
+    """A line as it stands in a file, with its line end."""
+    return json.dumps(line_to_json(line), ensure_ascii=False) + "\n"
 
 
 def line_to_json(line: Line) -> dict[str, object]:

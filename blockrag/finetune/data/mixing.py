@@ -8,6 +8,7 @@ Source: data_process/random_sample.py, merge.py and stepx_merge_tulu3_rag.py of 
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ __all__ = ["LineFile", "merge_lines", "sample_lines"]
 
 
 class LineFile:
-    """A data file whose lines are read one at a time, in any order; holds eight bytes a line.
+    """A data file whose lines are read one at a time, in any order; holds sixteen bytes a line.
 
     Args:
         path: The file; it must not change while it is open.
@@ -105,7 +106,7 @@ def merge_lines(
 
     Raises:
         DataError: See `LineFile`; or a line is malformed, or one of `chat` is no conversation.
-        InputError: There are fewer conversations than wanted, or the ratio is not above 0.
+        InputError: There are fewer conversations than wanted, or the ratio is not a finite number above 0.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(LineFile(path)) for path in paths]
@@ -113,8 +114,10 @@ def merge_lines(
         draw = random.Random(seed)
         talk = None if chat is None else stack.enter_context(LineFile(chat))
         if talk is not None and chat is not None:
-            if not chat_ratio > 0:
-                raise InputError(f"chat_ratio must be above 0, got {chat_ratio}; pass 1 for as many conversations")
+            if not 0 < chat_ratio < math.inf:
+                raise InputError(
+                    f"chat_ratio must be a finite number above 0, got {chat_ratio}; pass 1 for as many conversations"
+                )
             wanted = max(1, round(chat_ratio * len(places)))
             places += [(talk, position) for position in _drawn(chat, talk, wanted, draw)]
         if shuffle:

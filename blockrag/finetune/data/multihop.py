@@ -31,7 +31,8 @@ def read_multihop(
     Args:
         path: A file in one of the shapes above, any of the forms of `read_records`.
         sentence_separator: What stands between the sentences of a paragraph, where they come as a list and do not end
-            with white space themselves. The published Block-Attention data has "".
+            with white space themselves. HotpotQA's sentences are cut from whole text, so that "" restores it; the
+            published Block-Attention data has "" for 2WikiMultihopQA too, which lacks the spaces.
         left_out: Told of every question and paragraph that is left out: questions that the set marks as unanswerable,
             paragraphs without text.
 
@@ -78,7 +79,6 @@ def _joined(
 ) -> dict[str, object]:
     if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
         raise DataError(f"{record.where}: paragraph {title!r:.60} must hold a list of sentences, got {sentences!r:.60}")
-    # HotpotQA's sentences bring the space between them along; 2WikiMultihopQA's do not.
     text = ""
     for sentence in sentences:
         text += (separator if text and not text[-1].isspace() and not sentence[:1].isspace() else "") + sentence

@@ -62,10 +62,13 @@ def read_squad(
 
     Raises:
         DataError: A record is malformed; names the file, the article and the paragraph.
-        InputError: `gold` or `distractors` is out of range, or there are fewer other paragraphs than that.
+        InputError: `gold` or `distractors` is out of range, there are fewer other paragraphs than that, or
+            `same_article` without any.
     """
     if gold < 1 or distractors < 0:
         raise InputError(f"gold must be at least 1 and distractors at least 0, got {gold} and {distractors}")
+    if same_article and not distractors:
+        raise InputError("same_article says where other paragraphs come from, but distractors is 0; ask for some")
     paragraphs = list(_paragraphs(path, left_out))
     asked = [paragraph for paragraph in paragraphs if paragraph.questions]
     for _ in range(len(paragraphs) - len(asked)):
@@ -124,10 +127,12 @@ def _paragraphs(path: str | Path, left_out: LeftOut) -> Iterator[_Paragraph]:
     for record in read_records(path):
         if "data" in record.fields:
             for number, article in enumerate(record.list_of("data"), start=1):
-                yield from _article(article, f"{record.where}, article {number}", left_out)
+                yield from _article(article, record.where, f"article {number}", left_out)
         elif "context" in record.fields:
-            key = str(record.fields.get("title") or ""), str(record.fields["context"])
-            flat.setdefault(key, []).append(record)
+            context = record.fields["context"]
+            if not isinstance(context, str):
+                raise DataError(f"{record.where}: context must be a string, got {context!r:.60}")
+            flat.setdefault((str(record.fields.get("title") or ""), context), []).append(record)
         else:
             raise DataError(
                 f"{record.where}: has the fields {sorted(record.fields)}; SQuAD has data, or context and question"
@@ -135,9 +140,9 @@ def _paragraphs(path: str | Path, left_out: LeftOut) -> Iterator[_Paragraph]:
     numbers: dict[str, int] = {}
     for (title, context), records in flat.items():
         numbers[title] = numbers.get(title, 0) + 1
-        answers = [{**record.fields, "answers": _listed_answers(record)} for record in records]
-        place = f"{title or Path(path).name}#{numbers[title]}"
-        yield _paragraph(title, place, context, answers, records[0].where, left_out)
+        asked = [(record.where, {**record.fields, "answers": _listed_answers(record)}) for record in records]
+        identity = f"{title or Path(path).name}#{numbers[title]}"
+        yield _paragraph(title, identity, context, asked, records[0].where, left_out)
 
 
 def _listed_answers(record: Record) -> object:
@@ -147,7 +152,8 @@ def _listed_answers(record: Record) -> object:
     return [{"text": text} for text in texts] if isinstance(texts, list) else answers
 
 
-def _article(article: object, where: str, left_out: LeftOut) -> Iterator[_Paragraph]:
+def _article(article: object, file: str, name: str, left_out: LeftOut) -> Iterator[_Paragraph]:
+    where = f"{file}, {name}"
     if not isinstance(article, dict) or not isinstance(article.get("paragraphs"), list):
         raise DataError(f"{where}: must be an object with a list of paragraphs, got {article!r:.60}")
     title = str(article.get("title") or "")
@@ -155,16 +161,17 @@ def _article(article: object, where: str, left_out: LeftOut) -> Iterator[_Paragr
         place = f"{where}, paragraph {number}"
         if not isinstance(paragraph, dict) or not isinstance(paragraph.get("qas"), list):
             raise DataError(f"{place}: must be an object with a context and a list of qas, got {paragraph!r:.60}")
-        identity = f"{title}#{number}" if title else place.split(", ", 1)[1]
-        yield _paragraph(title, identity, paragraph.get("context"), paragraph["qas"], place, left_out)
+        identity = f"{title}#{number}" if title else f"{name}, paragraph {number}"
+        asked = [(f"{place}, question {count}", item) for count, item in enumerate(paragraph["qas"], start=1)]
+        yield _paragraph(title, identity, paragraph.get("context"), asked, place, left_out)
 
 
 def _paragraph(
-    title: str, identity: str, context: object, asked: Sequence[Any], where: str, left_out: LeftOut
+    title: str, identity: str, context: object, asked: Sequence[tuple[str, Any]], where: str, left_out: LeftOut
 ) -> _Paragraph:
+    """A paragraph from its parts; questions each with what errors call it."""
     questions = []
-    for number, item in enumerate(asked, start=1):
-        place = f"{where}, question {number}"
+    for place, item in asked:
         answers = item.get("answers") if isinstance(item, dict) else None
         if not isinstance(answers, list) or not all(isinstance(one, dict) for one in answers):
             raise DataError(f"{place}: must be an object with a question and a list of answers, got {item!r:.60}")
