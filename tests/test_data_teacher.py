@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
 from live_server import Live, live_server
@@ -72,13 +75,17 @@ def test_full_attention_sees_the_same_prompt(model: BlockModel) -> None:
 @pytest.mark.parametrize(
     ("policy", "responses", "report"),
     [
-        ("keep", [("Bhutan", "Thimphu"), ("Kenya", "Nairobi")], AnswerReport(responses=2, with_answer=1, dropped=1)),
+        (
+            "keep",
+            [("Bhutan", "Thimphu"), ("Kenya", "Nairobi")],
+            AnswerReport(responses=2, with_answer=1, dropped=1, without_response=1),
+        ),
         (
             "gold",
             [("Bhutan", "Thimphu"), ("Kenya", ""), ("", "")],
-            AnswerReport(responses=1, with_answer=1, replaced=2),
+            AnswerReport(responses=1, with_answer=1, replaced=2, without_response=1),
         ),
-        ("drop", [("Bhutan", "Thimphu")], AnswerReport(responses=1, with_answer=1, dropped=2)),
+        ("drop", [("Bhutan", "Thimphu")], AnswerReport(responses=1, with_answer=1, dropped=2, without_response=1)),
     ],
 )
 def test_responses_without_an_answer(
@@ -122,6 +129,12 @@ def test_it_goes_on_in_no_other_file(tmp_path: Path, model: BlockModel) -> None:
         with pytest.raises(DataError, match=r"out, line \d: does not answer what the source asks there"):
             answer_file(tmp_path / "in", tmp_path / "out", teacher)
         assert (tmp_path / "out").read_bytes() == before
+    # Without a line end, as json.dump leaves it, a file looks like one that was cut off.
+    for foreign in (b'{"results": [1, 2, 3]}', b'{"passages": [{"id": "1", "title": "", "text": "x"}], "question'):
+        (tmp_path / "out").write_bytes(foreign)
+        with pytest.raises(DataError, match=r"out, line 1: does not answer what the source asks there"):
+            answer_file(tmp_path / "in", tmp_path / "out", teacher)
+        assert (tmp_path / "out").read_bytes() == foreign
     with pytest.raises(InputError, match="would overwrite"):
         answer_file(tmp_path / "in", tmp_path / "in", teacher)
     with pytest.raises(DataError, match="cannot write"):
@@ -157,7 +170,7 @@ def test_the_prompt_as_messages() -> None:
         (Question(" Why {title}? ", ("x",)),),
     )
     system, user = rag_messages(asked)
-    assert system["role"], user["role"] == ("system", "user")
+    assert (system["role"], user["role"]) == ("system", "user")
     assert system["content"] == (
         "You are an intelligent AI assistant. Please answer questions based on the user's instructions. "
         "Below are some reference documents that may help you in answering the user's question."
@@ -189,11 +202,64 @@ def test_a_server_is_asked_many_things_at_once_and_answers_stay_in_order(tmp_pat
     assert responses_of(tmp_path / "out") == [(one.questions[0].id, expected[one.questions[0].id]) for one in lines]
 
 
-def test_a_request_the_server_refuses_is_no_response(live: Live) -> None:
+def test_a_request_the_server_refuses_is_no_response(live: Live, caplog: pytest.LogCaptureFixture) -> None:
     teacher = served(live)
-    refused, answered = teacher.respond([TOO_LONG, line("Peru")])
-    assert refused == ""
+    refused, answered, again = teacher.respond([TOO_LONG, line("Peru"), TOO_LONG])
+    assert refused == again == ""
     assert answered != ""
+    teacher.close()
+    # Why is said once: it may be the same for all of thousands.
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "blockrag.finetune.data.teacher"]
+    assert said.startswith("the teacher 'demo' refuses 'What?': Error code: 400")
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """Answers every request with what stands in its path."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        kind, body = unquote(self.path).removeprefix("/").removesuffix("/chat/completions").split(":", 1)
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem"),
+    [
+        ("text/html:<p>log in", "answers with no chat completion: <p>log in; check the address"),
+        ("application/json:[]", "answers with no chat completion"),
+        ('application/json:{"error": "no quota"}', "answers with no chat completion: .+no quota"),
+        ('application/json:{"id"', "answers with broken JSON"),
+    ],
+)
+def test_an_address_of_something_else_is_no_empty_response(elsewhere: str, reply: str, problem: str) -> None:
+    teacher = ServedTeacher(f"{elsewhere}/{quote(reply, safe=':')}", "demo", max_retries=0)
+    with pytest.raises(InputError, match=problem):
+        list(teacher.respond([line("Peru")]))
+    teacher.close()
+
+
+@pytest.mark.parametrize("choices", ["[]", '[{"index": 0, "message": null}]', '[{"message": {"content": null}}]'])
+def test_what_a_filter_swallowed_is_an_empty_response(elsewhere: str, choices: str) -> None:
+    reply = f'application/json:{{"id": "1", "object": "chat.completion", "choices": {choices}}}'
+    teacher = ServedTeacher(f"{elsewhere}/{quote(reply, safe=':')}", "demo", max_retries=0)
+    assert list(teacher.respond([line("Peru")])) == [""]
     teacher.close()
 
 
@@ -233,7 +299,9 @@ def test_a_server_that_is_gone_ends_the_run_which_goes_on_later(tmp_path: Path, 
         def stop_after_one(report: AnswerReport) -> None:
             live.stop()
 
-        with pytest.raises(InputError, match=r"does not answer \(APIConnectionError.+run the same command again"):
+        # A request that is under way while it stops is answered with 503, a later one by nobody.
+        gone = r"does not answer \((APIConnectionError|InternalServerError.+503).+run the same command again"
+        with pytest.raises(InputError, match=gone):
             answer_file(tmp_path / "in", tmp_path / "out", teacher, progress=stop_after_one)
         teacher.close()
     first = (tmp_path / "out").read_bytes()
@@ -257,3 +325,6 @@ def test_a_wrong_key_is_no_empty_response(tmp_path: Path, model: BlockModel) -> 
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="concurrency must be at least 1"):
         ServedTeacher("http://127.0.0.1:9/v1", "demo", concurrency=0)
+    for key in ("clé", "two\nlines"):
+        with pytest.raises(InputError, match="the key holds characters that no request can carry"):
+            ServedTeacher("http://127.0.0.1:9/v1", "demo", api_key=key)

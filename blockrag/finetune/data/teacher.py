@@ -8,7 +8,7 @@ killed goes on behind its last whole line.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from blockrag.errors import DataError, InputError, MissingDependencyError, PromptTooLongError
 from blockrag.evaluation.metrics import substring_match
-from blockrag.finetune.data.lines import Question, RagLine, line_to_json, parse_json, parse_line, read_rag_lines
+from blockrag.finetune.data.lines import (
+    Question,
+    RagLine,
+    dump_line,
+    parse_json,
+    parse_line,
+    read_rag_lines,
+    refuse_special_file,
+)
 from blockrag.finetune.data.ranking import split_questions
 from blockrag.prompt import TEMPLATES
 from blockrag.prompt.registry import INSTRUCTION, SYSTEM
@@ -43,6 +51,10 @@ __all__ = [
     "rag_messages",
 ]
 
+logger = logging.getLogger(__name__)
+
+_CHECK_ADDRESS = "check the address, which has a /v1 at most servers"
+
 WithoutAnswer = Literal["keep", "gold", "drop"]
 """What becomes of a response that holds none of the answers: it is kept, the first answer takes its place, or the
 question is dropped. An empty response cannot be kept: its question is dropped."""
@@ -58,6 +70,18 @@ class Teacher(Protocol):
             lines: Lines with one question each; read only as far ahead as the teacher works.
         """
         ...
+
+
+class _Refusals:
+    """Says why the first refused question was: what is wrong with all of them must not pass for an opinion of some."""
+
+    def __init__(self, who: str) -> None:
+        self._who, self._said = who, False
+
+    def note(self, line: RagLine, reason: Exception) -> None:
+        if not self._said:
+            logger.warning("%s refuses %r: %s", self._who, line.questions[0].question, reason)
+        self._said = True
 
 
 class ModelTeacher:
@@ -80,6 +104,7 @@ class ModelTeacher:
     ) -> None:
         self._model, self._options, self._attention = model, options, attention
         self._batch_size = batch_size
+        self._refusals = _Refusals("the model")
 
     def respond(self, lines: Iterable[RagLine]) -> Iterator[str]:
         """See `Teacher`; a prompt that is too long for the model is refused."""
@@ -94,7 +119,8 @@ class ModelTeacher:
     def _alone(self, line: RagLine) -> str:
         try:
             return self._generate([line])[0]
-        except PromptTooLongError:
+        except PromptTooLongError as refusal:
+            self._refusals.note(line, refusal)
             return ""
 
     def _generate(self, lines: Sequence[RagLine]) -> list[str]:
@@ -125,7 +151,7 @@ class ServedTeacher:
 
     Raises:
         MissingDependencyError: The openai package is not installed.
-        InputError: `concurrency` is below 1.
+        InputError: `concurrency` is below 1, or the key cannot be sent.
     """
 
     def __init__(
@@ -149,10 +175,13 @@ class ServedTeacher:
             ) from error
         if concurrency < 1:
             raise InputError(f"concurrency must be at least 1, got {concurrency}")
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise InputError("the key holds characters that no request can carry; pass it again, ASCII and on one line")
         self._client: OpenAI = OpenAI(base_url=base_url, api_key=api_key, max_retries=max_retries)
         self._base_url, self._model = base_url, model
         self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
         self._concurrency = concurrency
+        self._refusals = _Refusals(f"the teacher {model!r}")
 
     def close(self) -> None:
         """Close the connections."""
@@ -162,23 +191,33 @@ class ServedTeacher:
         """See `Teacher`; a request that the server calls bad (too long, filtered) is refused.
 
         Raises:
-            InputError: The server cannot be reached, or refuses to serve at all.
+            InputError: The server cannot be reached, refuses to serve at all, or does not speak the OpenAI API.
         """
-        waiting: deque[Future[str]] = deque()
+        waiting: deque[tuple[RagLine, Future[str]]] = deque()
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="teacher")
         try:
             for line in lines:
-                waiting.append(pool.submit(self._ask, line))
+                waiting.append((line, pool.submit(self._ask, line)))
                 # One answer that takes long must not leave the other threads without work.
                 if len(waiting) >= 2 * self._concurrency:
-                    yield waiting.popleft().result()
+                    yield self._response(*waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._response(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def _response(self, line: RagLine, answer: Future[str]) -> str:
+        import openai
+
+        try:
+            return answer.result()
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as refusal:
+            self._refusals.note(line, refusal)
+            return ""
+
     def _ask(self, line: RagLine) -> str:
         import openai
+        from openai.types.chat import ChatCompletion
 
         try:
             completion = self._client.chat.completions.create(
@@ -189,13 +228,22 @@ class ServedTeacher:
                 seed=openai.omit if self._seed is None else self._seed,
             )
         except (openai.BadRequestError, openai.UnprocessableEntityError):
-            return ""
+            raise
         except openai.OpenAIError as error:
             raise InputError(
                 f"the teacher {self._model!r} at {self._base_url} does not answer ({type(error).__name__}: {error}); "
                 "check address, model and key, and run the same command again: it goes on from here"
             ) from error
-        return (completion.choices[0].message.content or "").strip() if completion.choices else ""
+        except ValueError as error:
+            raise InputError(f"{self._base_url} answers with broken JSON ({error}); {_CHECK_ADDRESS}") from error
+        # The client takes whatever it is sent; what a filter swallowed has no choices, or no text.
+        choices = completion.choices if isinstance(completion, ChatCompletion) else None
+        if not isinstance(choices, list):
+            sent = completion.to_dict() if isinstance(completion, ChatCompletion) else completion
+            shown = " ".join(str(sent).split())
+            raise InputError(f"{self._base_url} answers with no chat completion: {shown:.120}; {_CHECK_ADDRESS}")
+        message = choices[0].message if choices else None
+        return ((message.content if message else None) or "").strip()
 
 
 def rag_messages(line: RagLine) -> list[dict[str, str]]:
@@ -228,6 +276,7 @@ class AnswerReport:
         with_answer: How many of these hold an answer.
         replaced: Responses that the first answer took the place of.
         dropped: Questions left out, because of what the response lacks or because there is none.
+        without_response: How many of those replaced or dropped had none: refused by the teacher, or empty.
     """
 
     lines_before: int = 0
@@ -235,6 +284,7 @@ class AnswerReport:
     with_answer: int = 0
     replaced: int = 0
     dropped: int = 0
+    without_response: int = 0
 
 
 def answer_file(
@@ -264,7 +314,7 @@ def answer_file(
         raise InputError(f"the responses would overwrite {source}, which they answer; pass another output")
     lines = (line for _, line in read_rag_lines(source))
     report = AnswerReport()
-    with _continued(target, lines, report) as file, _gone_if_empty(target, file):
+    with _continued(source, target, lines, report) as file, _gone_if_empty(target, file):
         for line, responses in _answered(lines, teacher):
             kept = _kept(line, responses, without_answer, report)
             if kept is not None:
@@ -296,6 +346,7 @@ def _kept(line: RagLine, responses: Sequence[str], policy: WithoutAnswer, report
     questions: list[Question] = []
     for question, response in zip(line.questions, responses, strict=True):
         holds = substring_match(response, question.answers)
+        report.without_response += not response
         if response and (holds or policy == "keep"):
             report.responses += 1
             report.with_answer += holds
@@ -308,9 +359,10 @@ def _kept(line: RagLine, responses: Sequence[str], policy: WithoutAnswer, report
     return replace(line, questions=tuple(questions)) if questions else None
 
 
-def _continued(target: Path, lines: Iterator[RagLine], report: AnswerReport) -> BufferedRandom:
-    """Open the target behind its last whole line, with the source read past the lines that are done."""
+def _continued(source: Path, target: Path, lines: Iterator[RagLine], report: AnswerReport) -> BufferedRandom:
+    """Open the target behind its last whole line, with the source's lines read past those that are done."""
     try:
+        refuse_special_file(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         file = target.open("r+b") if target.exists() else target.open("w+b")
     except OSError as error:
@@ -318,17 +370,22 @@ def _continued(target: Path, lines: Iterator[RagLine], report: AnswerReport) -> 
     try:
         end = 0
         for number, data in enumerate(file, start=1):
-            if not data.endswith(b"\n"):
-                # Cut off when the run was killed.
-                break
             where = f"{target}, line {number}"
-            done = parse_line(parse_json(data, where), where)
-            # Lines that are not in the target were dropped.
-            if not any(_answers(done, line) for line in lines):
+            cut_off = not data.endswith(b"\n")
+            if cut_off:
+                # By the end of a killed run, or it is a file of somebody else's that must not be touched.
+                ours = any(_begins(data, line) for _, line in read_rag_lines(source))
+            else:
+                done = parse_line(parse_json(data, where), where)
+                # Lines that are not in the target were dropped.
+                ours = any(_answers(done, line) for line in lines)
+            if not ours:
                 raise DataError(
                     f"{where}: does not answer what the source asks there; pass another output, or delete this one to "
                     "begin anew"
                 )
+            if cut_off:
+                break
             end += len(data)
             report.lines_before += 1
         file.truncate(end)
@@ -351,12 +408,18 @@ def _gone_if_empty(target: Path, file: BufferedRandom) -> Iterator[None]:
 
 def _append(target: Path, file: BufferedRandom, line: RagLine) -> None:
     try:
-        file.write(json.dumps(line_to_json(line), ensure_ascii=False).encode() + b"\n")
+        file.write(dump_line(line).encode())
         file.flush()
     except OSError as error:
         raise DataError(
             f"cannot write {target} ({error.strerror}); make room and run the same command again"
         ) from error
+
+
+def _begins(piece: bytes, line: RagLine) -> bool:
+    """Whether a piece of a file is what a line begins with, whatever it was answered: its passages, as they stand."""
+    head = dump_line(replace(line, questions=())).encode().removesuffix(b', "questions": []}\n')
+    return piece.startswith(head) or head.startswith(piece)
 
 
 def _answers(done: object, line: RagLine) -> bool:
