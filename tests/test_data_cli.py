@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,7 @@ def test_reading(tmp_path: Path, source: str, record: Any, passages: int) -> Non
         "lines": 2,
         "questions": 2,
         "passages": 2 * passages,
+        "without_passages": 0,
         "left_out": left_out,
     }
     assert len(list(read_rag_lines(output))) == 2
@@ -92,6 +95,8 @@ def test_mistakes_in_reading(tmp_path: Path) -> None:
     assert f"{tmp_path / 'a.json'}, record 2: answers must be" in said
     said = refused(2, "data", "read", "2wiki", tmp_path / "a.json", "-o", output, "--same-article")
     assert "--same-article means nothing for 2wiki; leave it out" in said
+    several = ["-o", output, "--seed", 1, "--gold", 2, "--distractors", 1]
+    assert "--distractors means nothing" in refused(2, "data", "read", "2wiki", tmp_path / "a.json", *several)
     assert "cannot read" in refused(2, "data", "read", "nq", tmp_path / "gone", "-o", output)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     separated = run("data", "read", "2wiki", tmp_path / "a.json", "-o", output, "--sentence-separator", "")
@@ -99,6 +104,28 @@ def test_mistakes_in_reading(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([TWOWIKI]))
     run("data", "read", "2wiki", tmp_path / "a.json", "-o", output, "--sentence-separator", "")
     assert lines_of(output)[0]["passages"][0]["text"] == "Arvo is a country.It lies in the north."
+
+
+def test_questions_without_passages_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps([FID, {"question": "q", "answer": ["a"]}, {"question": "r", "answer": "b"}])
+    )
+    shown = run("data", "read", "nq", tmp_path / "a.json", "-o", tmp_path / "o")
+    assert "warning: 2 questions came without passages; blockrag data retrieve finds some" in shown.stderr
+
+
+def test_an_interrupted_step_leaves_nothing_and_says_so(tmp_path: Path, capitals: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    merge = ["data", "merge", capitals, tmp_path / "pipe", "-o", tmp_path / "o"]
+    code = "from blockrag.cli import app; app()"
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, merge)], stderr=subprocess.PIPE, text=True)
+    # Opens as soon as the command reads.
+    with process, (tmp_path / "pipe").open("w"):
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said == f"error: interrupted; nothing was written to {tmp_path / 'o'}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["capitals.jsonl", "pipe"]
 
 
 def test_ranking(tmp_path: Path, capitals: Path) -> None:
@@ -169,6 +196,7 @@ def test_answering(tmp_path: Path, capitals: Path) -> None:
         "with_answer": 3,
         "replaced": 0,
         "dropped": 0,
+        "without_response": 0,
     }
     assert [line["response"] for line in lines_of(output)] == list(CAPITALS.values())
     whole = output.read_bytes()
@@ -190,6 +218,9 @@ def test_answering_by_a_server(tmp_path: Path, capitals: Path) -> None:
     with live_server(BlockModel.from_pretrained("demo"), api_key="secret") as live:
         server = ["--base-url", f"{live.url}/v1", "--concurrency", 2]
         assert "AuthenticationError" in refused(2, *asked, *server)
+        meant = refused(2, *asked, *server, "--attention", "block")
+        assert "--attention block means nothing for a server" in meant
+        assert "temperature=-1.0 is out of range" in refused(2, *asked, *server, "--temperature", -1)
         result = run_json(*asked, *server, "--api-key", "secret")
     assert result["responses"] + result["dropped"] == 3
     assert all(line["response"] for line in lines_of(output))

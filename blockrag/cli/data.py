@@ -146,7 +146,7 @@ def read(
             "seed": seed,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        for name in given.keys() - inspect.signature(reader).parameters.keys():
+        for name in sorted(given.keys() - inspect.signature(reader).parameters.keys()):
             raise InputError(f"--{name.replace('_', '-')} means nothing for {source.value}; leave it out")
         left_out: Counter[str] = Counter()
 
@@ -155,6 +155,10 @@ def read(
 
         lines = chain.from_iterable(reader(path, left_out=note, **given) for path in paths)
         written = _write(out, output, lines)
+        if written["without_passages"]:
+            out.warning(
+                f"{written['without_passages']:,} questions came without passages; blockrag data retrieve finds some"
+            )
         if left_out:
             out.show("left out: " + ", ".join(f"{count:,} x {reason}" for reason, count in left_out.most_common()))
         out.result({"source": source.value, **written, "left_out": dict(left_out)})
@@ -217,15 +221,14 @@ def retrieve(
         def counted() -> Iterator[RagLine]:
             for line in retrieved(_rag_lines(source), searched, top_k=top_k, order=order.value):
                 counts["with_support"] += any(one.supports for one in line.passages)
-                counts["without_passages"] += not line.passages
                 yield line
 
         written = _write(out, output, counted())
         share = counts["with_support"] / written["questions"]
         out.show(f"{share:.1%} of the questions have an answer among their {top_k} passages")
-        if counts["without_passages"]:
-            out.warning(f"{counts['without_passages']:,} questions found nothing; they have no passages")
-        out.result({**written, "with_support": counts["with_support"], "without_passages": counts["without_passages"]})
+        if written["without_passages"]:
+            out.warning(f"{written['without_passages']:,} questions found nothing; they have no passages")
+        out.result({**written, "with_support": counts["with_support"]})
 
 
 @data.command("sample", epilog=EXIT_CODES)
@@ -313,8 +316,8 @@ def answer(
         # Before a model is loaded: a file that is not there needs none.
         next(read_rag_lines(source))
         teacher: Teacher
+        options = generation_options(max_new_tokens, temperature, seed)
         if base_url is None:
-            options = generation_options(max_new_tokens, temperature, seed)
             with out.working(f"loading {model} ..."):
                 from blockrag.finetune.data.teacher import ModelTeacher
                 from blockrag.model.block_model import BlockModel
@@ -325,6 +328,10 @@ def answer(
                 loaded = BlockModel.from_pretrained(model_name(model), attention=chosen, device=device, dtype=dtype)
             teacher = ModelTeacher(loaded, options, batch_size=batch_size)
         else:
+            if attention is not None:
+                raise InputError(
+                    f"--attention {attention.value} means nothing for a server, which decides itself; leave it out"
+                )
             from blockrag.finetune.data.teacher import ServedTeacher
 
             teacher = ServedTeacher(
@@ -342,7 +349,8 @@ def answer(
         report = answer_file(source, output, teacher, without_answer=without_answer.value, progress=_progress(out))
         out.show(
             f"{output}: {report.responses:,} responses, {report.with_answer:,} of them with an answer; "
-            f"{report.replaced:,} replaced by the gold answer, {report.dropped:,} questions dropped; "
+            f"{report.replaced:,} replaced by the gold answer, {report.dropped:,} questions dropped, "
+            f"{report.without_response:,} of these without any response; "
             f"{report.lines_before:,} lines were there already"
         )
         out.result({"output": str(output), **asdict(report)})
@@ -395,20 +403,25 @@ def _write(out: Output, path: Path, lines: Iterable[Line]) -> dict[str, Any]:
     """Write a file and say what is in it."""
     from blockrag.finetune.data.lines import RagLine, write_lines
 
-    questions = passages = 0
+    questions = passages = bare = 0
 
     def counted() -> Iterator[Line]:
-        nonlocal questions, passages
+        nonlocal questions, passages, bare
         for line in lines:
             if isinstance(line, RagLine):
                 questions += len(line.questions)
                 passages += len(line.passages)
+                bare += 0 if line.passages else len(line.questions)
             yield line
 
-    with out.working(f"writing {path} ..."):
-        count = write_lines(path, counted())
+    try:
+        with out.working(f"writing {path} ..."):
+            count = write_lines(path, counted())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; nothing was written to {path}") from None
     out.show(f"{path}: {count:,} lines, {questions:,} questions, {passages:,} passages")
-    return {"output": str(path), "lines": count, "questions": questions, "passages": passages}
+    numbers = {"lines": count, "questions": questions, "passages": passages, "without_passages": bare}
+    return {"output": str(path), **numbers}
 
 
 def _rag_lines(path: Path) -> Iterator[RagLine]:
