@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,8 @@ from blockrag.finetune.demo.lines import (
     unseen_lines,
 )
 from blockrag.finetune.demo.recipe import make
+from blockrag.finetune.demo.release import release
+from blockrag.finetune.demo.table import ROWS, table, tabulated
 from blockrag.model.block_model import BlockModel
 from blockrag.model.facts import load_facts
 
@@ -189,3 +192,40 @@ def test_untrained_weights_are_a_function_of_the_seed(made: Path, tmp_path: Path
     assert read[0] == read[1] != read[2]
     tokenizers = {(path / "tokenizer.json").read_text() for path in (made / "untrained", tmp_path / "other")}
     assert len(tokenizers) == 1
+
+
+def test_a_cell_is_the_mean_over_seeds_and_differences_are_taken_question_by_question() -> None:
+    """Two seeds, two lines; the reference row is right once more than the others."""
+    half = [[["fact", True], ["fact", False], ["order", True]], [["fact", False], ["fact", False], ["order", False]]]
+    better = [[["fact", True], ["fact", True], ["order", True]], [["fact", False], ["fact", False], ["order", False]]]
+    results = {f"{model} {mode}": [half, half] for _, model, mode in ROWS}
+    results["block full"] = [better, half]
+    cells = tabulated(results, "fact")
+    assert [cell.value.value for cell in cells] == [37.5 if row == 4 else 25.0 for row in range(len(ROWS))]
+    assert cells[4].per_seed == (50.0, 25.0)
+    assert cells[0].difference.value == -12.5
+    assert cells[0].difference.clusters == 2
+    assert cells[4].difference.value == cells[4].difference.se == 0.0
+    assert {cell.value.value for cell in tabulated(results, "order")} == {50.0}
+
+
+def test_the_table_and_the_release(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for seed in (0, 1):
+        shutil.copytree(made, out / f"seed-{seed}")
+    sets = {"a few": lambda: unseen_lines("test", 2, 3, seed=5)}
+    found = table(out, [0, 1], sets)
+    assert len(found.splitlines()) == 2 + len(ROWS)
+    assert "a few: exact match" in found
+    assert found == table(out, [0, 1], sets), "what was measured is kept"
+    assert len(json.loads((out / "results.json").read_text())) == 2 * len(ROWS)
+    release(out, 1, tmp_path / "shipped", "the command", found)
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert found in card
+    assert "the command" in card
+    assert not re.search(r"[{}]", card.replace("{title}", ""))
+    weights = load_file(tmp_path / "shipped" / "model.safetensors")
+    trained = load_file(out / "seed-1" / "block" / "model.safetensors")
+    assert all(torch.equal(weights[name], weight.bfloat16()) for name, weight in trained.items())
+    assert BlockModel.from_pretrained(tmp_path / "shipped").facts == BlockModel.from_pretrained(made / "block").facts

@@ -8,10 +8,10 @@ and highest. Knows how the models are measured, not how they are made.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
@@ -24,9 +24,6 @@ from blockrag.finetune.scoring import Mode, score
 from blockrag.model.loading import load_pretrained
 from blockrag.model.profile import structure_of
 from blockrag.prompt import template_for
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["QUESTION_SETS", "ROWS", "Cell", "measure", "table", "tabulated"]
 
@@ -124,16 +121,17 @@ def tabulated(results: Mapping[str, Sequence[Sequence[Sequence[Sequence[Any]]]]]
     return cells
 
 
-def table(out: Path, seeds: Sequence[int]) -> str:
-    """Measure the models of some seeds, write DIR/results.json, and return the table as Markdown.
+def table(out: Path, seeds: Sequence[int], sets: Mapping[str, Callable[[], list[RagLine]]] = QUESTION_SETS) -> str:
+    """Measure the models of some seeds, write every result to `results.json`, and return the table as Markdown.
 
     Args:
-        out: Where `recipe.make` made them, in a directory for each seed.
+        out: Where `recipe.make` made them, in a directory for each seed; what it has measured already is kept.
         seeds: Which.
+        sets: The questions, by what they are called.
     """
     path = out / "results.json"
     done: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    lines = {name: make() for name, make in QUESTION_SETS.items()}
+    lines = {name: make() for name, make in sets.items()}
     for name, asked in lines.items():
         for _, model, mode in ROWS:
             for seed in seeds:
