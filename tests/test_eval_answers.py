@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 from blockrag.cli import app
 from blockrag.demo import load_corpus, load_questions
-from blockrag.errors import DataError, InputError
+from blockrag.errors import DataError, InputError, PromptTooLongError
 from blockrag.evaluation.accuracy import summarize
 from blockrag.evaluation.accuracy_report import markdown, write_accuracy_report
 from blockrag.evaluation.answers import MODES, AnswerSettings, answer_questions, modes_named
@@ -263,6 +263,28 @@ def test_prompts_that_are_too_long_count_as_wrong(make_model: Callable[..., Bloc
     assert any("1 questions could not be asked and count as wrong" in warning for warning in result["warnings"])
 
 
+def test_without_composition_there_is_a_limit_as_well(tmp_path: Path) -> None:
+    """Learned positions end: an answer before them, a question beyond them is one that could not be asked."""
+    gpt2 = tiny_model(ModelCase("gpt2", "gpt2", {"max_position_embeddings": 64}))
+    full = BlockModel(gpt2, plain_tokenizer(), attention="full")
+    assert full.profile is None
+
+    def line(words: int) -> dict[str, Any]:
+        return {"passages": [{"text": "w " * words}], "question": "What?", "answers": ["w"]}
+
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(line(words)) + "\n" for words in range(1, 200, 6)), "utf-8")
+    files = answer(full, path, tmp_path / "out", modes=modes_named(["full"]))
+    _, predictions = read_predictions(files[0])
+    asked = [one for one in predictions if not one.error]
+    assert 1 < len(asked) < len(predictions)
+    assert all("the model can place 64" in one.error for one in predictions[len(asked) :])
+    assert asked[0].tokens.new == 12
+    assert asked[-1].tokens.prompt + asked[-1].tokens.new == 64
+    with pytest.raises(PromptTooLongError, match="the model can place 64"):
+        full.generate(full.template.segment(full.tokenizer, passages=[], question="w " * 200))
+
+
 def test_modes_by_name() -> None:
     assert [mode.name for mode in modes_named(["block", "full", "block"])] == ["block", "full"]
     assert list(MODES) == ALL_MODES
@@ -500,7 +522,7 @@ def test_questions_over_ones_own_index(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_composed_is_evaluated_in_full(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "gpt2"
-    tiny_model(ModelCase("gpt2", "gpt2", {"n_positions": 1024})).save_pretrained(folder)
+    tiny_model(ModelCase("gpt2", "gpt2")).save_pretrained(folder)
     plain_tokenizer().save_pretrained(folder)
     common = (folder, "--data", data, "--output", tmp_path / "out", "--limit", "2", "--max-new-tokens", "2", "-k", "1")
     result = call(*common, "--modes", "full")

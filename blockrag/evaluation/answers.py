@@ -22,7 +22,7 @@ from blockrag.evaluation.flops import ModelShape
 from blockrag.evaluation.metrics import METRICS, score
 from blockrag.evaluation.predictions import Prediction, Predictions, Tokens
 from blockrag.evaluation.speed.machine import commit, describe_machine, versions
-from blockrag.fingerprint import hash_tensors
+from blockrag.fingerprint import hash_json, hash_tensors
 from blockrag.model.sampling import GenerationOptions
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _run(
     progress: Callable[[str, int], None],
 ) -> None:
     options = GenerationOptions(max_new_tokens=settings.max_new_tokens)
-    known: set[tuple[int, ...]] = set()
+    known: set[str] = set()
     for first in range(0, len(questions), settings.batch_size):
         batch = questions[first : first + settings.batch_size]
         prompts = [_prompt(model, question, settings) for question in batch]
@@ -209,21 +209,22 @@ def _prompt(model: BlockModel, question: EvalQuestion, settings: AnswerSettings)
             prompt = template.segment_blocks(tokenizer, question.blocks, allow_special=settings.allow_special)
         else:
             prompt = template.segment(tokenizer, passages=question.passages, question=question.question)
-        if model.profile is not None:
-            model.profile.room_after(prompt.num_tokens)
+        model.room_after(prompt.num_tokens)
     except InputError as error:
         return error
     return prompt
 
 
-def _cost(prompt: SegmentedPrompt, known: set[tuple[int, ...]]) -> tuple[int, tuple[int, ...]]:
+def _cost(prompt: SegmentedPrompt, known: set[str]) -> tuple[int, tuple[int, ...]]:
     """Tokens reused and lengths missed, as `Tokens` counts them; the prompt's blocks are known from here on."""
     reused, missed = 0, []
     for block in prompt.local_blocks:
-        if block.token_ids in known:
+        # The tokens themselves would be gigabytes where a file has a million passages.
+        digest = hash_json(block.token_ids)
+        if digest in known:
             reused += len(block)
         else:
-            known.add(block.token_ids)
+            known.add(digest)
             missed.append(len(block))
     return reused, tuple(missed)
 

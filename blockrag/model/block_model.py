@@ -32,7 +32,7 @@ from blockrag.model.materialize import MaterializeReport
 from blockrag.model.oracle import oracle_logits
 from blockrag.model.pool import BufferPool, PoolStats, memory_share
 from blockrag.model.prefill import prefill_blocks
-from blockrag.model.profile import ModelProfile, Regime, structure_of
+from blockrag.model.profile import ModelProfile, Regime, positions_of, room_within, structure_of
 from blockrag.model.running import RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.stream import ResultStream
@@ -250,10 +250,17 @@ class BlockModel:
     @property
     def context_window(self) -> int | None:
         """Most tokens of prompt and answer together: what can be placed exactly, or what the configuration says."""
-        if self.profile is not None and self.profile.max_tokens is not None:
-            return self.profile.max_tokens
-        said = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(said) if said else None
+        return positions_of(self.model) if self.profile is None else self.profile.max_tokens
+
+    def room_after(self, prompt_tokens: int) -> int | None:
+        """Tokens that may follow a prompt of that many tokens; None without limit.
+
+        Raises:
+            PromptTooLongError: The prompt itself does not fit.
+        """
+        if self.profile is None:
+            return room_within(self.context_window, prompt_tokens)
+        return self.profile.room_after(prompt_tokens)
 
     def block_key(self, token_ids: Sequence[int]) -> str:
         """The key under which `materialize` stores a block: 64 hexadecimal digits."""

@@ -34,7 +34,7 @@ from blockrag.rope import RopeSpec, rotate_, unrotate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelProfile", "Regime", "probe_regimes", "structure_of"]
+__all__ = ["ModelProfile", "Regime", "positions_of", "probe_regimes", "room_within", "structure_of"]
 
 _PROBE_TOKENS = 9
 _PROBE_SHIFT = 37
@@ -104,14 +104,29 @@ class ModelProfile:
         if self.regime_limit is not None and prompt_tokens <= self.regime_limit:
             # Beyond the limit the model would change the frequencies of what is already in the cache.
             limit = self.regime_limit
-        if limit is None:
-            return None
-        if prompt_tokens >= limit:
-            raise PromptTooLongError(
-                f"{what} has {prompt_tokens} tokens and the model can place {limit}; "
-                "retrieve fewer or shorter passages, or use a model with a longer context"
-            )
-        return limit - prompt_tokens
+        return room_within(limit, prompt_tokens, what=what)
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The positions the model was made for; None where its configuration names none."""
+    said = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(said) if said else None
+
+
+def room_within(limit: int | None, prompt_tokens: int, *, what: str = "the prompt") -> int | None:
+    """Tokens that may follow a prompt where prompt and answer together may have `limit`; None without limit.
+
+    Raises:
+        PromptTooLongError: The prompt itself does not fit.
+    """
+    if limit is None:
+        return None
+    if prompt_tokens >= limit:
+        raise PromptTooLongError(
+            f"{what} has {prompt_tokens} tokens and the model can place {limit}; "
+            "retrieve fewer or shorter passages, or use a model with a longer context"
+        )
+    return limit - prompt_tokens
 
 
 def structure_of(model: PreTrainedModel) -> LayerStructure:
@@ -292,10 +307,9 @@ def _has_chunked_layers(model: PreTrainedModel) -> bool:
 
 def _max_tokens(model: PreTrainedModel) -> int | None:
     """The positions the model was made for; where attention is chunked, one chunk: its borders do not move along."""
-    config = model.config.get_text_config(decoder=True)
-    limits = [getattr(config, "max_position_embeddings", None)]
+    limits = [positions_of(model)]
     if _has_chunked_layers(model):
-        limits.append(getattr(config, "attention_chunk_size", None))
+        limits.append(getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None))
     known = [int(limit) for limit in limits if limit]
     return min(known) if known else None
 

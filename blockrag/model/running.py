@@ -29,6 +29,7 @@ from blockrag.compose import Composition
 from blockrag.errors import PromptTooLongError
 from blockrag.model.answer import Chunk, Generation, OngoingAnswer
 from blockrag.model.cache import PromptCache
+from blockrag.model.profile import positions_of, room_within
 from blockrag.model.usage import GenerationTimings, Usage
 
 if TYPE_CHECKING:
@@ -237,7 +238,9 @@ class RunningPrompt:
         del self.token_ids[-count:]
 
     def _room_after(self, prompt_tokens: int) -> int | None:
-        return None if self.source is None else self.source.profile.room_after(prompt_tokens)
+        if self.source is None:
+            return room_within(positions_of(self.model), prompt_tokens)
+        return self.source.profile.room_after(prompt_tokens)
 
     def _admit(self, prompt_tokens: int) -> int | None:
         """Check that a prompt of that many tokens can be placed; returns the tokens that may follow it."""
