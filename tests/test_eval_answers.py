@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,43 @@ def test_what_cannot_be_compared_is_refused(
         summarize([])
 
 
+def edited(path: Path, copy: Path, change: Callable[[dict[str, Any], list[dict[str, Any]]], None]) -> Path:
+    """A copy of a file of predictions, changed."""
+    header, *lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    change(header, lines)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)), "utf-8")
+    return copy
+
+
+def test_other_lengths_and_answers_without_scores_are_refused(answered: list[Path], tmp_path: Path) -> None:
+    longer = edited(
+        answered[1], tmp_path / "longer.jsonl", lambda header, _: header["options"].update(max_new_tokens=200)
+    )
+    with pytest.raises(InputError, match=r"longer\.jsonl holds answers of at most 200 tokens, .*full\.jsonl of 12"):
+        summarize([answered[0], longer])
+    bare = edited(answered[1], tmp_path / "bare.jsonl", lambda _, lines: [line["scores"].clear() for line in lines])
+    with pytest.raises(InputError, match=r"bare\.jsonl holds answers without scores"):
+        summarize([bare])
+
+
+def test_a_kind_that_only_some_questions_have_has_a_table(answered: list[Path], tmp_path: Path) -> None:
+    def unmark(_: Any, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            line["kind"] = "" if line["kind"] == "fact" else line["kind"]
+
+    def one_kind(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        header["model"]["label"] = "a|b"
+        for line in lines:
+            line["kind"] = "fact"
+
+    text = markdown(summarize([edited(answered[0], tmp_path / "some.jsonl", unmark)]))
+    assert len(rows_of(text, "Questions of kind order: 5")) == 2
+    text = markdown(summarize([edited(answered[0], tmp_path / "one.jsonl", one_kind)]))
+    assert "Questions of kind" not in text
+    assert "| a\\|b | full |" in text, "a bar in a label is no border of a cell"
+
+
 def test_prompts_beyond_the_training_are_pointed_out(answered: list[Path], tmp_path: Path) -> None:
     lines = answered[1].read_text("utf-8").split("\n")
     header = json.loads(lines[0])
@@ -400,26 +438,32 @@ def test_the_report_has_a_picture(answered: list[Path], tmp_path: Path) -> None:
     assert json.loads(report.files[0].read_text("utf-8")) == result
     assert report.files[1].read_text("utf-8") == report.text == markdown(result)
     colors_are_there(report.files[2])
+    # The next report has a curve: the bars of this one would be taken for its.
+    steps = write_accuracy_report(summarize(answered, steps={"demo": 10}), tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == [steps.files[2].name] == ["curve.png"]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write the report into .*pass another --output"):
+        write_accuracy_report(result, tmp_path / "file")
 
 
 def test_checkpoints_make_a_curve(answered: list[Path], tmp_path: Path) -> None:
-    """The same answers under two names, as two checkpoints of one run."""
+    """The same answers under other names, as checkpoints of two runs, one asked in one mode only."""
     pytest.importorskip("matplotlib")
-    copies = []
-    for name in ("checkpoint-100", "checkpoint-20"):
-        for path in answered[:2]:
-            header, *rest = path.read_text("utf-8").split("\n")
-            fields = json.loads(header)
-            fields["model"]["label"] = name
-            copies.append(tmp_path / f"{name}-{path.name}")
-            copies[-1].write_text("\n".join([json.dumps(fields), *rest]), "utf-8")
-    result = summarize(copies, steps={"checkpoint-100": 100, "checkpoint-20": 20})
-    report = write_accuracy_report(result, tmp_path / "report")
+    files = []
+    for name in ("checkpoint-100", "checkpoint-20", "again"):
+        for path in answered[: 1 if name == "again" else 2]:
+            relabel = partial(lambda name, header, _: header["model"].update(label=name), name)
+            files.append(edited(path, tmp_path / name / path.name, relabel))
+    steps = {"checkpoint-100": 100, "checkpoint-20": 20, "again": 30}
+    report = write_accuracy_report(summarize(files, steps=steps), tmp_path / "report")
     header, *rows = rows_of(report.text, "By training step")
     assert header == ["step", "full", "block"]
-    assert [row[0] for row in rows] == ["20", "100"]
+    assert [row[0] for row in rows] == ["20", "30", "100"]
+    assert [row[2] == "-" for row in rows] == [False, True, False]
     assert report.files[2].name == "curve.png"
     colors_are_there(report.files[2])
+    same = summarize(files, steps=dict.fromkeys(steps, 100))
+    colors_are_there(write_accuracy_report(same, tmp_path / "same").files[2])
 
 
 def colors_are_there(path: Path) -> None:

@@ -67,6 +67,10 @@ def test_other_markup_and_ready_blocks(tmp_path: Path) -> None:
         ("plain", {"gold": "a"}, "either a prompt or blocks"),
         ("plain", {"blocks": ["a", ""]}, "non-empty strings"),
         ("plain", {"prompt": "a", "answer": "b"}, "unknown fields"),
+        ("plain", {"prompt": "a", "id": ["b"]}, "id must be a string or a number"),
+        ("plain", {"prompt": "a \ud800"}, "surrogate"),
+        ("plain", {"prompt": "a", "id": "\ud800"}, "surrogate"),
+        ("plain", {"prompt": "a", "gold": [{"b": "\udfff"}]}, "surrogate"),
         ("plain", ["a"], "not an object"),
     ],
 )

@@ -7,7 +7,7 @@ with the reference row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ def summarize(
         steps: Training steps of models that are checkpoints of one run, by label.
 
     Raises:
-        InputError: There is no file, one is not complete, they hold different questions, or there is no such reference.
+        InputError: There is no file, one is not complete or has no scores, they hold different questions or answers of
+            different most lengths, or there is no such reference.
         DataError: A file is no file of predictions.
     """
     rows = [_Row(*read_predictions(path)) for path in paths]
@@ -92,9 +93,9 @@ def summarize(
 
 
 def groups_shown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """All questions, then each kind; a single kind is all questions."""
-    groups = list(rows[0]["groups"])
-    return groups if len(groups) > 2 else groups[:1]
+    """All questions, then each kind, but for a kind that is all questions."""
+    groups = rows[0]["groups"]
+    return [name for name, group in groups.items() if name == ALL or group["n"] < groups[ALL]["n"]]
 
 
 def _check(paths: Sequence[str | Path], rows: Sequence[_Row]) -> None:
@@ -107,6 +108,14 @@ def _check(paths: Sequence[str | Path], rows: Sequence[_Row]) -> None:
             )
         if row.header["data"]["digest"] != first.header["data"]["digest"]:
             raise InputError(f"{path} and {paths[0]} answer different questions; compare files of the same --data")
+        if any(not one.scores for one in row.predictions):
+            raise InputError(f"{path} holds answers without scores, of --icl; have OpenCompass evaluate its export")
+        most, allowed = row.header["options"]["max_new_tokens"], first.header["options"]["max_new_tokens"]
+        if most != allowed:
+            raise InputError(
+                f"{path} holds answers of at most {most} tokens, {paths[0]} of {allowed}; answer both with the same "
+                "--max-new-tokens"
+            )
 
 
 def _reference(rows: Sequence[_Row], wanted: tuple[str, str] | None) -> _Row:
@@ -188,7 +197,7 @@ def _flops(row: _Row) -> dict[str, float] | None:
         for one in answered
     ]
     return {
-        name: sum(asdict(count)[name] for count in counts) / len(counts)
+        name: sum(getattr(count, name) for count in counts) / len(counts)
         for name in ("paper", "with_attention", "with_reuse")
     }
 

@@ -81,7 +81,8 @@ def _curve(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     axes = figure.subplots()
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        points = sorted((row["step"], row["groups"][ALL]["scores"][_METRIC]) for row in rows if row["mode"] == mode)
+        points = [(row["step"], row["groups"][ALL]["scores"][_METRIC]) for row in rows if row["mode"] == mode]
+        points.sort(key=lambda point: point[0])
         axes.errorbar(
             [step for step, _ in points],
             [100 * one["value"] for _, one in points],

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from blockrag.errors import InputError
 from blockrag.evaluation.accuracy import ALL, METRIC_LABELS, groups_shown
 from blockrag.evaluation.answers import MODES
 from blockrag.evaluation.metrics import METRICS
@@ -30,6 +31,7 @@ _DIFFERENCES_TEXT = (
     "errors allow for questions that share passages. *Within 2 SE*: these questions do not show a difference; it may "
     "exist. An error of 0.0 means that all questions agree, not that nothing is left to chance."
 )
+_PICTURES = ("accuracy.png", "curve.png")
 _COMPARED = ("em", "substr_em", "f1")
 _FLOPS_LABELS = {
     "paper": "2 x P x tokens",
@@ -48,17 +50,29 @@ def write_accuracy_report(result: dict[str, Any], directory: Path) -> Report:
     Args:
         result: What `summarize` returned.
         directory: Where `accuracy.json`, `accuracy.md` and pictures go.
+
+    Raises:
+        InputError: They cannot be written there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     files = [directory / "accuracy.json", directory / "accuracy.md"]
-    files[0].write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-    files[1].write_text(text, "utf-8")
-    if find_spec("matplotlib") is None:
-        return Report(text, tuple(files), "no plots: matplotlib is not installed; pip install 'blockrag[plot]'")
-    from blockrag.evaluation.accuracy_plots import draw
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # A picture of another result beside these tables would be taken for theirs.
+        for picture in _PICTURES:
+            (directory / picture).unlink(missing_ok=True)
+        files[0].write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        files[1].write_text(text, "utf-8")
+        if find_spec("matplotlib") is None:
+            return Report(text, tuple(files), "no plots: matplotlib is not installed; pip install 'blockrag[plot]'")
+        from blockrag.evaluation.accuracy_plots import draw
 
-    return Report(text, (*files, *draw(result, directory)))
+        return Report(text, (*files, *draw(result, directory)))
+    except OSError as error:
+        raise InputError(
+            f"cannot write the report into {directory} ({error.strerror}); make room or pass another --output, and run "
+            "the same command again: answers that are there are kept"
+        ) from error
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -93,7 +107,7 @@ def _group(result: dict[str, Any], group: str) -> list[str]:
         found = row["groups"][group]
         scores = [_score(found["scores"][metric]) for metric in METRICS]
         differences = [_difference(found["differences"].get(metric)) for metric in compared]
-        lines.append([row["model"], row["mode"], *scores, *differences])
+        lines.append([*_names(row), *scores, *differences])
     explained = [_DIFFERENCES_TEXT.format(**result["reference"])] if group == ALL and compared else []
     return [title, *explained, table(header, lines)]
 
@@ -110,7 +124,8 @@ def _curve(rows: Sequence[dict[str, Any]]) -> list[str]:
         "Substr-EM of all questions.",
         table(
             ["step", *modes],
-            ([f"{step:,}", *(_score(found[step, mode]) for mode in modes)] for step in steps),
+            # Not every checkpoint has been asked in every mode of the table.
+            ([f"{step:,}", *(_score(found.get((step, mode))) for mode in modes)] for step in steps),
         ),
     ]
 
@@ -133,7 +148,7 @@ def _work(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines, flops = [], []
     for row in rows:
         work = row["work"]
-        names = [row["model"], row["mode"]]
+        names = _names(row)
         if work is None:
             lines.append([*names, *["-"] * 4, str(row["cut_off"]), str(row["errors"])])
             continue
@@ -188,8 +203,13 @@ def _provenance(result: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _score(estimate: dict[str, Any]) -> str:
-    return f"{100 * estimate['value']:.1f}{_error(estimate)}"
+def _names(row: dict[str, Any]) -> list[str]:
+    # A label is the user's; a bar in it would begin another cell.
+    return [row["model"].replace("|", "\\|"), row["mode"]]
+
+
+def _score(estimate: dict[str, Any] | None) -> str:
+    return "-" if estimate is None else f"{100 * estimate['value']:.1f}{_error(estimate)}"
 
 
 def _difference(estimate: dict[str, Any] | None) -> str:

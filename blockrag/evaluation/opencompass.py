@@ -31,6 +31,7 @@ from blockrag.errors import DataError, InputError
 from blockrag.evaluation.predictions import Prediction
 from blockrag.evaluation.questions import Asked, EvalQuestion
 from blockrag.finetune.data.lines import parse_json
+from blockrag.passage import refuse_lone_surrogates
 from blockrag.prompt import split_bbh_prompt, split_drop_prompt, split_turn_demonstrations
 
 __all__ = ["BENCHMARKS", "TURN_END", "Benchmark", "read_benchmark", "write_opencompass"]
@@ -150,6 +151,11 @@ def _checked(fields: object, where: str) -> Mapping[str, Any]:
         raise DataError(f"{where}: unknown fields {unknown}; known here are {sorted(_FIELDS)}")
     if ("prompt" in fields) == ("blocks" in fields):
         raise DataError(f"{where}: needs either a prompt or blocks, got the fields {sorted(fields)}")
+    if not isinstance(fields.get("id", ""), (str, int)):
+        raise DataError(f"{where}: id must be a string or a number, got {fields['id']!r:.60}")
+    # All of it, gold included, is written again; as JSON it may be nested however it likes.
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in fields.items()}
+    refuse_lone_surrogates(where, texts, DataError)
     return fields
 
 
