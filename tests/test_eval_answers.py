@@ -514,6 +514,7 @@ def test_several_models_in_one_table(data: Path, tmp_path: Path) -> None:
     assert [row[:2] for row in rows] == [["before", "block"], ["after", "block"]]
     assert [row[6] for row in rows] == ["+0.0 ± 0.0", "reference"]
     assert "blockrag eval before=demo after=demo --data demo.jsonl" in result.stdout
+    assert "--reference after:block`" in result.stdout
 
 
 def test_checkpoints_of_a_training_directory(model: BlockModel, data: Path, tmp_path: Path) -> None:
@@ -607,6 +608,10 @@ def test_benchmarks_go_to_opencompass(tmp_path: Path) -> None:
         (["--checkpoints", "nowhere"], "there is no checkpoint-N"),
         (["demo", "--turn-end", "x"], "belong to prompts of --icl"),
         (["demo", "--icl", "bbh", "-k", "3"], "leave -k out"),
+        (["demo", "--icl", "bbh", "--order", "reversed", "--note", "x"], "leave --note, --order out"),
+        (["demo", "--reference", "demo"], "--reference demo is no row of the table; pass one of demo:full, demo:block"),
+        (["demo", "--reference", "demo:block-no-reencode"], "is no row"),
+        (["..=demo"], "'..' cannot name a directory"),
     ],
 )
 def test_mistakes_in_the_call(data: Path, tmp_path: Path, arguments: list[str], problem: str) -> None:

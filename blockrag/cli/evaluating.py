@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,12 +181,14 @@ def evaluate(
         subjects = _subjects(models or [], checkpoints)
         if icl is None and (turn_end is not None or allow_special):
             raise InputError("--turn-end and --allow-special belong to prompts of --icl; leave them out")
-        given = {"index": index, "-k": top_k, "--seed": seed, "--reference": reference}
+        given = {"--index": index, "-k": top_k, "--seed": seed, "--reference": reference, "--note": note or None}
+        given["--order"] = None if order is Order.given else order
         if icl is not None and (named := [name for name, value in given.items() if value is not None]):
             raise InputError(f"--icl takes prompts as they are; leave {', '.join(named)} out")
         from blockrag.evaluation.answers import AnswerSettings, modes_named
 
         wanted = modes_named(modes.replace(",", " ").split())
+        compared = _reference(reference, subjects, wanted)
         settings = AnswerSettings(max_new_tokens, batch_size, allow_special)
         benchmark: Benchmark | None = None
         if icl is None:
@@ -199,15 +202,15 @@ def evaluate(
         if benchmark is not None:
             _export(out, subjects, wanted, files, benchmark, output, data.stem)
             return
-        command = _command(subjects, data, index, modes, settings, asked, device, dtype)
-        _report(out, files, subjects, output, command, note, reference)
+        command = _command(subjects, data, index, modes, settings, asked, device, dtype, reference)
+        _report(out, files, subjects, output, command, note, compared)
 
 
 def _subjects(models: Sequence[str], checkpoints: Path | None) -> list[_Subject]:
     """The models, each under a label of its own.
 
     Raises:
-        InputError: There is none, there is no such directory, or two have the same label.
+        InputError: There is none, there is no such directory, a label is no name, or two are the same.
     """
     subjects = []
     for model in models:
@@ -224,9 +227,23 @@ def _subjects(models: Sequence[str], checkpoints: Path | None) -> list[_Subject]
     if not subjects:
         raise InputError("there is no model to evaluate; pass 'demo', a hub id, a directory, or --checkpoints")
     labels = [subject.folder for subject in subjects]
+    if strange := [label for label in labels if label in (".", "..")]:
+        raise InputError(f"{strange[0]!r} cannot name a directory of answers; choose another LABEL=MODEL")
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise InputError(f"several models are called {', '.join(twice)}; name them apart with LABEL=MODEL")
     return subjects
+
+
+def _reference(reference: str | None, subjects: Sequence[_Subject], modes: Sequence[Mode]) -> tuple[str, str] | None:
+    """Label and mode of the row to compare with, before hours are spent on the others.
+
+    Raises:
+        InputError: There will be no such row.
+    """
+    rows = {f"{subject.label}:{mode.name}": (subject.label, mode.name) for subject in subjects for mode in modes}
+    if reference is not None and reference not in rows:
+        raise InputError(f"--reference {reference} is no row of the table; pass one of {', '.join(rows)}")
+    return None if reference is None else rows[reference]
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -334,16 +351,13 @@ def _report(
     output: Path,
     command: str,
     note: str,
-    reference: str | None,
+    reference: tuple[str, str] | None,
 ) -> None:
     from blockrag.evaluation.accuracy import summarize
     from blockrag.evaluation.accuracy_report import write_accuracy_report
 
-    label, _, mode = (reference or "").rpartition(":")
     steps = {subject.label: subject.step for subject in subjects if subject.step is not None}
-    result = summarize(
-        files, command=command, note=note, reference=(label, mode) if reference is not None else None, steps=steps
-    )
+    result = summarize(files, command=command, note=note, reference=reference, steps=steps)
     report = write_accuracy_report(result, output)
     out.show(report.text)
     out.note("written: " + ", ".join(str(path) for path in (*files, *report.files)))
@@ -391,19 +405,30 @@ def _command(
     asked: Asked,
     device: str,
     dtype: str,
+    reference: str | None,
 ) -> str:
     """What repeats the evaluation; of paths only the last part is given."""
-    words = ["blockrag eval"]
+    words = ["blockrag", "eval"]
     words += [
         subject.label
         if subject.label in (subject.name, Path(subject.name).name)
         else f"{subject.label}={Path(subject.name).name}"
         for subject in subjects
     ]
-    words += [f"--data {data.name}", *([] if index is None else [f"--index {index.name}"]), f"--modes {modes}"]
-    options = {"-k": "k", "--order": "order", "--limit": "limit", "--seed": "seed"}
-    words += [
-        f"{option} {asked.settings[name]}" for option, name in options.items() if asked.settings[name] is not None
-    ]
-    words += [f"--max-new-tokens {settings.max_new_tokens}", f"--batch-size {settings.batch_size}"]
-    return " ".join([*words, f"--device {device}", f"--dtype {dtype}"])
+    options = {
+        "--data": data.name,
+        "--index": None if index is None else index.name,
+        "--modes": modes,
+        "-k": asked.settings["k"],
+        "--order": asked.settings["order"],
+        "--limit": asked.settings["limit"],
+        "--seed": asked.settings["seed"],
+        "--max-new-tokens": settings.max_new_tokens,
+        "--batch-size": settings.batch_size,
+        "--device": device,
+        "--dtype": dtype,
+        "--reference": reference,
+    }
+    for option, value in options.items():
+        words += [] if value is None else [option, str(value)]
+    return shlex.join(words)
