@@ -1,8 +1,8 @@
 """Evaluation: the same questions in three modes, with paired standard errors.
 
 Writes questions about countries the demo model never saw, and one per line about the order of the passages, answers
-them in full attention, in block attention, and with passages left at their own positions, and prints the tables. A
-second run finds the answers. On the command line: blockrag eval MODEL --data FILE --output DIR
+them in full attention, in block attention, and with passages left at their own positions, and prints the tables. On
+the command line, where answers are kept and a second run finds them: blockrag eval MODEL --data FILE --output DIR
 Run:  python examples/evaluate_rag.py [MODEL]
 """
 
