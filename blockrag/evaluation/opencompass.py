@@ -128,10 +128,11 @@ def write_opencompass(path: Path, predictions: Sequence[Prediction], golds: Sequ
     for number, (one, gold) in enumerate(zip(predictions, golds, strict=True)):
         entry: dict[str, object] = {"origin_prompt": one.prompt, "prediction": one.prediction}
         entries[str(number)] = entry if gold is None else {**entry, "gold": gold}
+    data = (json.dumps(entries, indent=4, ensure_ascii=False) + "\n").encode()
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entries, indent=4, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -133,12 +133,12 @@ class BlockModel:
         self._kept_bytes = _checked_bytes(kept_bytes)
         self.device_pool = device_pool
         self._lock = ForwardGuard(model)
-        self._trained = TrainedRange(self.facts, self.name)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is not a causal language model of transformers 5: its forward takes no "
                 "logits_to_keep; load it with AutoModelForCausalLM"
             )
+        self._trained = TrainedRange(self.facts, self.name)
         self._pool = self._new_pool()
         self.profile: ModelProfile | None = None
         try:
