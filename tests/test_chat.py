@@ -194,6 +194,17 @@ def test_the_block_attention_prefix_opens_prompts_with_passages() -> None:
     asked_first = [Message("user", (QUESTION, excerpt(ADA), "Go."))]
     assert segment_chat(template, tokenizer, asked_first, question=QUESTION).text.startswith("[Block-Attention]")
     assert "[Block-Attention]" not in segment_chat(template, tokenizer, [Message("user", (QUESTION,))]).text
+    assert "[Block-Attention]" not in segment_chat(template, tokenizer, stock(ADA), whole=True).text
+
+
+def test_the_block_attention_prefix_opens_prompts_that_begin_with_a_passage() -> None:
+    """Where the model's markup has nothing in front of it, as without a begin-of-sequence token."""
+    tokenizer = plain_tokenizer()
+    bare = PromptTemplate(name="bare", version=1, prefix="", query="{question}", block_attention_prefix="[B]")
+    messages = [Message("user", (excerpt(ADA), QUESTION))]
+    prompt = segment_chat(bare, tokenizer, messages)
+    assert [(block.kind, block.text) for block in prompt.blocks[:2]] == [("prefix", "[B]"), ("passage", ADA.text)]
+    assert prompt.as_full().token_ids == segment_chat(bare, tokenizer, messages, whole=True).token_ids
 
 
 def test_system_messages_in_a_row_are_one_turn() -> None:

@@ -79,6 +79,9 @@ def segment_chat(
         spans = tuple(span for piece in pieces for span in _spans(template, piece))
         return _encoded(template, tokenizer, [Draft(groups=(spans,), local=False, kind="query")])
     first, *drafts = _cut(template, pieces, question)
+    if first.kind == "passage":
+        # Nothing stands before it; what says that blocks follow then is a block of its own, as in the RAG form.
+        first, drafts = Draft(groups=((markup(""),),), local=True, kind="prefix"), [first, *drafts]
     if first.kind == "prefix":
         passing = _is_passing(messages, first, question)
         first = replace(template._open(tokenizer, first), local=not passing, kind="turn" if passing else "prefix")
