@@ -512,9 +512,10 @@ def _learns(learns: Mapping[str, Any]) -> str:
     return (
         f"Not run; by arithmetic alone. `{learns['command']}`: {count(learns['parameters'])} parameters, "
         f"{learns['tokens'] / 1e6:,.0f} million tokens, which are {FULL_PASSES} passes in full attention, the "
-        f"paragraphs dealt anew for each, and {BLOCK_PASSES} in both, {learns['flops']:.1e} operations; on an H100 at "
-        f"an *assumed* {learns['assumed_share']:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s {learns['seconds'] / 3600:.2f} hours of "
-        "training, without compiling kernels, reading and the answers. What it would score nobody knows."
+        f"paragraphs dealt anew for each, and {BLOCK_PASSES} in both, {learns['flops']:.1e} operations. "
+        f"On an H100 at an *assumed* {learns['assumed_share']:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s: "
+        f"{learns['seconds'] / 3600:.2f} hours of training, without compiling kernels, reading and the answers. "
+        "What it would score nobody knows."
     )
 
 
