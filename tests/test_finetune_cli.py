@@ -58,24 +58,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def begun(base: Path) -> tuple[object, ...]:
+    """The command of `tuned`, without its steps."""
+    return (
+        *("finetune", base / "model", "--data", base / "train.jsonl", "--data", base / "more.jsonl"),
+        *("--eval-data", base / "dev.jsonl", "--output", base / "tuned", "--preset", "cards", *QUICK),
+        *("--learning-rate", "1e-3", "--betas", "0.9", "0.98", "--block-prefix", "[B]", "--save-steps", "1"),
+    )
+
+
 @pytest.fixture(scope="module")
 def tuned(base: Path) -> Result:
     """A run of two steps, with both kinds of files repeated."""
-    more = write_data(base / "more.jsonl", [rag_line(9)])
-    return run(
-        *(
-            "finetune",
-            base / "model",
-            "--data",
-            base / "train.jsonl",
-            "--data",
-            more,
-            "--eval-data",
-            base / "dev.jsonl",
-        ),
-        *("--output", base / "tuned", "--preset", "cards", *QUICK, "--steps", "2", "--learning-rate", "1e-3"),
-        *("--betas", "0.9", "0.98", "--block-prefix", "[B]", "--save-steps", "1", "--json"),
-    )
+    write_data(base / "more.jsonl", [rag_line(9)])
+    return run(*begun(base), "--steps", "2", "--json")
 
 
 def run(*arguments: object) -> Result:
@@ -162,13 +158,19 @@ def test_verify_says_what_was_trained(base: Path, tuned: Result) -> None:
     assert f"yes, on up to {facts.max_blocks} blocks and {facts.max_tokens} positions" in " ".join(shown.split())
 
 
-def test_a_run_goes_on_only_when_told(base: Path, tuned: Result) -> None:
-    again = ("finetune", base / "model", "--data", base / "train.jsonl", "--output", base / "tuned", *QUICK)
+def test_a_run_goes_on_only_when_told_and_as_it_was_begun(base: Path, tuned: Result) -> None:
+    again = (*begun(base), "--steps", "3")
     assert "pass --resume" in refused(*again)
-    result = run(*again, "--steps", "3", "--resume")
+    assert "begun with other learning_rate (was 0.001, is 0.002);" in refused(
+        *again, "--resume", "--learning-rate", 2e-3
+    )
+    result = run(*again, "--resume")
     assert result.exit_code == 0, result.output
-    assert result.stderr.startswith("going on behind step 2 of 3\nstep 3 of 3: ")
-    assert "3 steps over 4 samples" in " ".join(result.stdout.split())
+    longer, behind, last, *_ = result.stderr.splitlines()
+    assert longer == "the run gets longer: 3 steps instead of 2"
+    assert behind == "going on behind step 2 of 3"
+    assert last.startswith("step 3 of 3: ")
+    assert "3 steps over 5 samples" in " ".join(result.stdout.split())
 
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
@@ -316,8 +318,6 @@ def test_activations_are_about_what_the_backward_pass_keeps(config: Any, model: 
 # -- Adapters -----------------------------------------------------------------------------------------------------
 
 
-# peft asks transformers by an older name.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_adapters_are_on_every_linear_layer_but_the_outputs(family: str) -> None:
     model = tiny_model(next(case for case in CASES if case.id == family))

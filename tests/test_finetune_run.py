@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 import struct
 import sys
@@ -189,7 +191,7 @@ def test_a_whole_run_in_full_attention_claims_nothing(base: Path) -> None:
 def test_every_checkpoint_is_a_model(base: Path) -> None:
     done = run(base, "kept", replace(QUICK, steps=4, save_steps=1, save_limit=2))
     found = sorted(path.name for path in (done.path / "checkpoints").iterdir())
-    assert found == ["checkpoint-3", "checkpoint-4"]
+    assert found == ["checkpoint-3", "checkpoint-4", "run.json"]
     model = BlockModel.from_pretrained(done.path / "checkpoints" / "checkpoint-3")
     assert model.facts == load_facts(done.path / "block_attention.json")
     assert apart(done.path, done.path / "checkpoints" / "checkpoint-4") == 0
@@ -257,7 +259,7 @@ def test_gradient_checkpointing_recomputes(base: Path, recomputed: bool, calls: 
 # -- Adapters -----------------------------------------------------------------------------------------------------
 
 
-# peft asks for an attribute that transformers has renamed.
+# Loading with peft, as users may, asks for an attribute that transformers has renamed; training must not say so.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_merged_adapters_equal_loaded_ones(base: Path) -> None:
     from peft import PeftModel
@@ -273,6 +275,12 @@ def test_merged_adapters_equal_loaded_ones(base: Path) -> None:
     first, second = weights(base / "model"), weights(done.path)
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed == {name for name in first if "_proj" in name}
+
+
+def test_adapters_can_be_trained_by_muon(base: Path) -> None:
+    """They are matrices alone; nothing is left for AdamW."""
+    done = run(base, "muon-lora", replace(QUICK, lora_rank=2, optimizer="muon"))
+    assert apart(base / "model", done.path) > 0
 
 
 def test_full_fine_tuning_leaves_no_adapter(tuned: Finetuned) -> None:
@@ -346,6 +354,25 @@ def test_any_move_may_fail(base: Path, tuned: Finetuned, tmp_path: Path, monkeyp
     assert bool(logits_of(AutoModelForCausalLM.from_pretrained(out)).isfinite().all())
 
 
+def test_weights_of_an_earlier_run_do_not_stay_beside_others(base: Path, tmp_path: Path) -> None:
+    """Cut into two files where they were one: transformers would load the one."""
+    facts = load_facts(run(base, "facts").path / "block_attention.json")
+    log = json.loads((base / "facts" / "train_log.json").read_text("utf-8"))
+    models = [AutoModelForCausalLM.from_pretrained(base / name) for name in ("model", "facts")]
+    for model, size in zip(models, ("1GB", "60KB"), strict=True):
+        saving.save_finetuned(
+            tmp_path / "out",
+            lambda at, model=model, size=size: model.save_pretrained(at, max_shard_size=size),
+            plain_tokenizer(),
+            facts,
+            log,
+        )
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits_of(found), logits_of(models[1]))
+    assert not torch.equal(logits_of(found), logits_of(models[0]))
+
+
 # -- Refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +385,7 @@ def test_nothing_is_written_where_a_line_cannot_be_used(base: Path, tmp_path: Pa
         (DataError, r"bad\.jsonl, line 2: has the fields", {"eval_data": [bad]}),
         (DataError, r"long\.jsonl, line 1: \d+ tokens with 21 blocks, more than 256", {"data": [long]}),
         (DataError, "no sample to train on", {"data": [long], "too_long": "skip"}),
+        (DataError, r"no line of .*long\.jsonl can be scored, all are longer than 256 tokens", {"eval_data": [long]}),
         (DataError, "cannot read", {"data": [tmp_path / "absent.jsonl"]}),
         (InputError, "cannot load a causal language model", {"model": tmp_path / "absent"}),
         (InputError, "no checkpoint in", {"resume": True}),
@@ -444,11 +472,28 @@ def test_infinite_weights_stop_at_once(base: Path, tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"prompt_weight": 1.5}, "prompt_weight=1.5"),
         ({"decay": 0.0}, "decay=0.0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be a finite number"),
+        ({"epochs": math.inf}, "epochs=inf must be a finite number"),
+        ({"warmup": math.nan}, "warmup=nan must be a finite number"),
+        ({"betas": (0.9, 1.0)}, "betas=(0.9, 1.0)"),
+        ({"betas": (math.nan, 0.9)}, "betas=(nan, 0.9)"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be at least 0"),
+        ({"lora_alpha": 0}, "lora_alpha=0 must be at least 1"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
     ],
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         FinetuneSettings(**changes)
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_said(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "blockrag"):
+        run(base, "cold", replace(QUICK, warmup=3))
+        assert "the warm-up of 3 steps takes the whole run of 2" in caplog.text
+        caplog.clear()
+        run(base, "warm", replace(QUICK, warmup=1))
+        assert not caplog.text
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -146,10 +146,14 @@ GradientCheckpointing = Annotated[
 LoraRank = Annotated[int | None, typer.Option("--lora-rank", help="Train adapters of this rank; 0 for the weights.")]
 LoraAlpha = Annotated[int | None, typer.Option("--lora-alpha", help="Their scale, divided by the rank.")]
 LoraDropout = Annotated[float | None, typer.Option("--lora-dropout", help="Their dropout.")]
-EvalSteps = Annotated[int, typer.Option("--eval-steps", min=0, help="Steps between evaluations; 0: one, at the end.")]
-SaveSteps = Annotated[int, typer.Option("--save-steps", min=0, help="Steps between checkpoints; 0: none.")]
-SaveLimit = Annotated[int, typer.Option("--save-limit", min=1, help="Checkpoints to keep.")]
-LogSteps = Annotated[int, typer.Option("--log-steps", min=1, help="Steps between lines about the loss.")]
+EvalSteps = Annotated[
+    int | None, typer.Option("--eval-steps", help="Steps between evaluations; 0: one, at the end. Presets have 200.")
+]
+SaveSteps = Annotated[
+    int | None, typer.Option("--save-steps", help="Steps between checkpoints; 0: none. Presets have 200.")
+]
+SaveLimit = Annotated[int | None, typer.Option("--save-limit", help="Checkpoints to keep. Presets have 2.")]
+LogSteps = Annotated[int | None, typer.Option("--log-steps", help="Steps between lines about the loss.")]
 
 
 def finetune(
@@ -193,10 +197,10 @@ def finetune(
     lora_rank: LoraRank = None,
     lora_alpha: LoraAlpha = None,
     lora_dropout: LoraDropout = None,
-    eval_steps: EvalSteps = 200,
-    save_steps: SaveSteps = 200,
-    save_limit: SaveLimit = 2,
-    log_steps: LogSteps = 10,
+    eval_steps: EvalSteps = None,
+    save_steps: SaveSteps = None,
+    save_limit: SaveLimit = None,
+    log_steps: LogSteps = None,
     as_json: AsJson = False,
 ) -> None:
     """Teach a model to read passages that do not see each other.

@@ -9,6 +9,7 @@
     trainer.py    the transformers Trainer with this collator, this loss and an evaluation of both attentions
     scoring.py    exact match without generating: the likelihood of the answers, many questions to a forward
     saving.py     what a fine-tuned directory holds
+    resuming.py   what a run is, and whether it may go on from a checkpoint
     run.py        `finetune`: all of it, from a model and files to a directory
     plan.py       what a run would be, without training
     progress.py   the course of a run as lines

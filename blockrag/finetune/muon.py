@@ -40,10 +40,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
             {"params": [weight for weight in others if weight.ndim > 1], "weight_decay": weight_decay},
             {"params": [weight for weight in others if weight.ndim <= 1], "weight_decay": 0.0},
         ]
-        self._parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([group for group in adamw if group["params"]], lr=lr, betas=betas),
-        )
+        self._parts: list[torch.optim.Optimizer] = []
+        # Adapters are matrices alone.
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self._parts.append(muon)
+        if others:
+            groups = [group for group in adamw if group["params"]]
+            self._parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share_groups()
 

@@ -134,7 +134,7 @@ def plan(
     shown = training_template(template, known, tokenizer, settings)
     samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
     rows = rows_of(samples, settings)
-    lengths = [sum(item.sample.num_tokens for item in rows[at]) for at in range(len(rows))]
+    lengths = rows.lengths()
     blocks, positions = rows.longest()
     config, empty = _without_weights(tokenizer.name_or_path)
     chosen = train_dtype(dtype, resolve_device(device), settings)

@@ -19,20 +19,21 @@ class SaysProgress(TrainerCallback):  # type: ignore[misc]
 
     Args:
         say: Gets each line.
-        row_tokens: Tokens of a row, on average, padding left out.
+        run_tokens: Tokens of the whole run, padding left out. The time left is what those to come would take at the
+            pace of those since this process began, evaluations and checkpoints included.
     """
 
-    def __init__(self, say: Callable[[str], None], row_tokens: float) -> None:
+    def __init__(self, say: Callable[[str], None], run_tokens: float) -> None:
         self._say = say
-        self._row_tokens = row_tokens
+        self._run_tokens = run_tokens
         self._began = 0.0
-        self._first_step = 0
+        self._first_tokens = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Called by the Trainer in front of the first step."""
-        self._began, self._first_step = time.perf_counter(), state.global_step
+        self._began, self._first_tokens = time.perf_counter(), state.num_input_tokens_seen
         if state.is_world_process_zero and state.global_step:
             self._say(f"going on behind step {state.global_step:,} of {state.max_steps:,}")
 
@@ -42,7 +43,7 @@ class SaysProgress(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         if "loss" in logs:
-            self._say(self._step_line(args, state, logs))
+            self._say(self._step_line(state, logs))
         elif line := evaluation_line(logs):
             self._say(f"step {state.global_step:,}: {line}")
 
@@ -51,15 +52,15 @@ class SaysProgress(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self._say(f"step {state.global_step:,}: checkpoint written")
 
-    def _step_line(self, args: TrainingArguments, state: TrainerState, logs: Mapping[str, float]) -> str:
-        taken = state.global_step - self._first_step
+    def _step_line(self, state: TrainerState, logs: Mapping[str, float]) -> str:
+        seen = state.num_input_tokens_seen
         seconds = max(1e-9, time.perf_counter() - self._began)
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        left = (state.max_steps - state.global_step) * seconds / max(1, taken)
+        pace = (seen - self._first_tokens) / seconds
+        left = max(0.0, self._run_tokens - seen) / pace if pace else 0.0
         return (
             f"step {state.global_step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}, "
             f"learning rate {logs['learning_rate']:.2e}, "
-            f"{rows * self._row_tokens * taken / seconds:,.0f} tokens/s, {duration(left)} left"
+            f"{pace:,.0f} tokens/s, {duration(left)} left"
         )
 
 

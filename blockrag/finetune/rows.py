@@ -93,10 +93,9 @@ class Rows(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         return tuple(self._item(number, attention) for number, attention in self._rows[index])
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows, padding left out."""
-        return sum(item.sample.num_tokens for row in self for item in row)
+    def lengths(self) -> list[int]:
+        """Tokens of each row, padding left out."""
+        return [sum(item.sample.num_tokens for item in row) for row in self]
 
     def longest(self) -> tuple[int, int]:
         """Most local blocks, and most positions from the first block to the end of an answer, under block attention."""

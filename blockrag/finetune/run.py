@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,15 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from blockrag.errors import InputError, MissingDependencyError
+from blockrag.errors import DataError, InputError, MissingDependencyError
 from blockrag.finetune.collate import Collator
 from blockrag.finetune.data.lines import read_lines
 from blockrag.finetune.progress import SaysProgress
+from blockrag.finetune.resuming import RunIdentity, checkpoint_of, last_checkpoint, record, require_same
 from blockrag.finetune.rows import Rows
 from blockrag.finetune.samples import Sample, fitted, samples_of
 from blockrag.finetune.saving import CHECKPOINTS, FactsInCheckpoints, data_file, save_finetuned, versions
 from blockrag.finetune.settings import BLOCK_PREFIX, PRESETS, FinetuneSettings
 from blockrag.finetune.trainer import BlockTrainer, StopsOnNaN
+from blockrag.fingerprint import hash_tensors, hash_tokenizer
 from blockrag.model.facts import BlockAttentionFacts
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
 from blockrag.prompt import template_for
@@ -42,6 +45,7 @@ __all__ = [
     "read_samples",
     "rows_of",
     "steps_of",
+    "tokens_of",
     "train_dtype",
     "training_template",
     "with_adapters",
@@ -106,7 +110,7 @@ def finetune(
         eval_data: Files of lines to score in both attentions while training.
         eval_limit: Most lines of them.
         template: How prompts are built; by default the model's own, with `settings.block_prefix`.
-        resume: Go on from the last checkpoint in `out`.
+        resume: Go on from the last checkpoint in `out`; see `blockrag.finetune.resuming` for what may differ then.
         too_long: Whether a sample beyond `settings.max_tokens` is an error or left out.
         device: "auto", "cpu" or "cuda"; which GPU of several is for CUDA_VISIBLE_DEVICES or the launcher to say.
         dtype: Of the weights while training. "auto" is float32; for adapters on a GPU the checkpoint's own.
@@ -118,7 +122,8 @@ def finetune(
 
     Raises:
         DataError: A line cannot be used; nothing is written.
-        InputError: The model does not exist, `out` holds a model and `resume` is off, or there is nothing to resume.
+        InputError: The model does not exist; `out` holds something and `resume` is off; there is nothing to resume, or
+            it was begun with other data, settings, template or model.
         UnsupportedModelError: The model has layers that keep other states than keys and values.
         MissingDependencyError: accelerate, or peft for adapters, is not installed.
     """
@@ -126,7 +131,7 @@ def finetune(
 
     settings = settings or PRESETS["paper"][1]
     out = Path(out)
-    checkpoint = _checkpoint(out, resume=resume)
+    checkpoint = checkpoint_of(out, resume=resume)
     _require("accelerate", "fine-tuning")
     # Before the weights: the Trainer's arguments bring processes together, and DeepSpeed and FSDP then have every
     # process load only its part.
@@ -144,16 +149,39 @@ def finetune(
     shown = training_template(template, known, tokenizer, settings)
     samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
     evaluated, _ = read_samples(eval_data, shown, tokenizer, settings.max_tokens, "skip", limit=eval_limit)
+    if eval_data and not evaluated:
+        raise DataError(
+            f"no line of {', '.join(map(str, eval_data))} can be scored, all are longer than {settings.max_tokens} "
+            "tokens; raise --max-tokens, or keep fewer passages (blockrag data rerank -k)"
+        )
     # Now, as they were read: days later they may be others, or gone.
     files, eval_files = (
         [data_file(Path(path), sum(1 for _ in read_lines(path))) for path in paths] for paths in (data, eval_data)
     )
     rows = rows_of(samples, settings)
+    steps = steps_of(settings, len(rows), arguments.world_size)
+    identity: RunIdentity | None = None
+    if arguments.process_index == 0:
+        # In front of the adapters, and where the weights are: FSDP gives them to the first process alone.
+        identity = RunIdentity.of(
+            settings,
+            shown,
+            steps=steps,
+            rows_per_step=settings.batch_rows * settings.accumulate * arguments.world_size,
+            weights=hash_tensors(base.state_dict().items()),
+            tokenizer=hash_tokenizer(tokenizer),
+            dtype=str(base.dtype).removeprefix("torch."),
+            data=files,
+            eval_data=eval_files,
+            eval_limit=eval_limit,
+        )
+        if checkpoint is not None and steps > (before := require_same(out, identity)):
+            progress(f"the run gets longer: {steps:,} steps instead of {before:,}")
     flexible = _use_flex(base, placed)
     trained = with_adapters(base, settings) if settings.lora_rank else base
     trained.train()
     facts = _facts(known, shown, rows, settings)
-    _set_schedule(arguments, settings, len(rows))
+    _set_schedule(arguments, settings, steps)
     trainer = BlockTrainer(
         trained,
         base,
@@ -167,11 +195,13 @@ def finetune(
         callbacks=[
             FactsInCheckpoints(facts),
             StopsOnNaN(),
-            SaysProgress(progress, rows.num_tokens / len(rows)),
+            SaysProgress(progress, tokens_of(rows, settings, steps, arguments.world_size)),
             *callbacks,
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if identity is not None and settings.save_steps:
+        record(out, identity)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
@@ -179,7 +209,6 @@ def finetune(
     if evaluated and not settings.eval_steps:
         trainer.evaluate()
     history = tuple(trainer.state.log_history)
-    passes = trainer.state.global_step * settings.batch_rows * settings.accumulate * arguments.world_size / len(rows)
     log = {
         "name": out.name,
         "base": Path(model).name if Path(model).exists() else str(model),
@@ -192,7 +221,7 @@ def finetune(
         "rows": len(rows),
         "parameters": parameters,
         "steps": trainer.state.global_step,
-        "tokens_seen": round(passes * rows.num_tokens),
+        "tokens_seen": trainer.state.num_input_tokens_seen,
         "seconds": round(seconds, 1),
         "processes": arguments.world_size,
         "device": placed.type,
@@ -204,7 +233,7 @@ def finetune(
 
 
 def read_samples(
-    paths: Iterable[str | Path],
+    paths: Sequence[str | Path],
     template: PromptTemplate,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
@@ -240,7 +269,12 @@ def read_samples(
         samples.extend(kept)
         skipped += left_out
     if skipped:
-        logger.warning("%d lines hold questions of more than %d tokens; those were left out", skipped, max_tokens)
+        logger.warning(
+            "%s: questions of more than %d tokens, passages included, were left out in %d lines",
+            ", ".join(map(str, paths)),
+            max_tokens,
+            skipped,
+        )
     return samples, skipped
 
 
@@ -269,43 +303,6 @@ def _that_fit(samples: Iterator[Sample], max_tokens: int) -> tuple[list[Sample],
         if branches:
             kept.extend(fitted([replace(sample, branches=branches)], max_tokens))
     return kept, left_out
-
-
-def _checkpoint(out: Path, *, resume: bool) -> Path | None:
-    """The last checkpoint of `out` to go on from, None to begin.
-
-    Raises:
-        InputError: There is something and `resume` is off, or nothing and it is on.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{str(out)!r} is a file; pass a directory to write the model to")
-    found = last_checkpoint(out)
-    if resume:
-        if found is None:
-            raise InputError(f"there is no checkpoint in {str(out / CHECKPOINTS)!r} to resume from; leave --resume out")
-        return found
-    if found is not None or (out / "config.json").exists():
-        raise InputError(f"{str(out)!r} holds a run already; pass --resume to go on with it, or another --output")
-    return None
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The last whole checkpoint of a run, None if there is none.
-
-    Args:
-        out: The run's directory, which need not exist.
-    """
-    whole = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end; its state is what the Trainer writes last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _require(package: str, purpose: str) -> None:
@@ -400,16 +397,26 @@ def with_adapters(model: PreTrainedModel, settings: FinetuneSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(settings.seed)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
+    with _old_names_of_peft():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _old_names_of_peft() -> Iterator[None]:
+    """Without a warning that users can do nothing about.
+
+    Every model is asked by peft 0.21 for an attribute that transformers 5 has renamed, whatever is passed.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _muon(model: torch.nn.Module, arguments: TrainingArguments, settings: FinetuneSettings) -> torch.optim.Optimizer:
@@ -474,18 +481,41 @@ def _arguments(
     return arguments
 
 
-def _set_schedule(arguments: TrainingArguments, settings: FinetuneSettings, rows: int) -> None:
-    """Add what depends on the number of rows."""
+def _set_schedule(arguments: TrainingArguments, settings: FinetuneSettings, steps: int) -> None:
+    """Add what depends on the number of steps."""
     from transformers import SchedulerType
 
-    name, arguments.lr_scheduler_kwargs = _schedule(settings, steps_of(settings, rows, arguments.world_size))
+    name, arguments.lr_scheduler_kwargs = _schedule(settings, steps)
     arguments.lr_scheduler_type = SchedulerType(name)
+    if (warmup := arguments.get_warmup_steps(steps)) >= steps:
+        logger.warning(
+            "the warm-up of %d steps takes the whole run of %d: it ends before the learning rate %g; lower --warmup",
+            warmup,
+            steps,
+            settings.learning_rate,
+        )
 
 
 def steps_of(settings: FinetuneSettings, rows: int, processes: int = 1) -> int:
     """Optimizer steps of a run, as the Trainer counts them."""
+    return settings.steps or math.ceil(settings.epochs * _steps_of_pass(settings, rows, processes))
+
+
+def _steps_of_pass(settings: FinetuneSettings, rows: int, processes: int) -> int:
     batches = math.ceil(math.ceil(rows / settings.batch_rows) / processes)
-    return settings.steps or math.ceil(settings.epochs * max(1, math.ceil(batches / settings.accumulate)))
+    return max(1, math.ceil(batches / settings.accumulate))
+
+
+def tokens_of(rows: Rows, settings: FinetuneSettings, steps: int, processes: int = 1) -> float:
+    """Tokens of all rows of so many steps, padding left out; in a pass that is not finished, of shuffled rows, about.
+
+    With a curriculum they are not the average's: the first rows are the shortest.
+    """
+    lengths = rows.lengths()
+    passes, rest = divmod(steps, _steps_of_pass(settings, len(rows), processes))
+    started = min(len(rows), rest * settings.batch_rows * settings.accumulate * processes)
+    part = sum(lengths[:started]) if settings.order == "file" else started * sum(lengths) / len(rows)
+    return passes * sum(lengths) + part
 
 
 def _schedule(settings: FinetuneSettings, steps: int) -> tuple[str, dict[str, Any]]:
@@ -536,5 +566,6 @@ def _reloaded(directory: Path, *, adapters: bool) -> Any:
     if adapters:
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(directory)
+        with _old_names_of_peft():
+            return AutoPeftModelForCausalLM.from_pretrained(directory)
     return AutoModelForCausalLM.from_pretrained(directory)

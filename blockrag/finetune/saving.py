@@ -5,6 +5,7 @@
     adapter/                                          the adapters alone, where adapters were trained
     train_log.json, train.png, README.md              how it was made
     checkpoints/checkpoint-N/                         the Trainer's, to resume from and to evaluate
+    checkpoints/run.json                              what the run was begun with; see `resuming`
 
 The weights are written beside their place and moved; config.json, without which nothing loads the directory, last.
 """
@@ -29,11 +30,11 @@ from blockrag.model.facts import BlockAttentionFacts, save_facts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["CHECKPOINTS", "LOG_FILE", "FactsInCheckpoints", "data_file", "save_finetuned", "versions"]
+__all__ = ["CHECKPOINTS", "LOG_FILE", "PARTIAL", "FactsInCheckpoints", "data_file", "save_finetuned", "versions"]
 
 CHECKPOINTS = "checkpoints"
 LOG_FILE = "train_log.json"
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
 class FactsInCheckpoints(TrainerCallback):  # type: ignore[misc]
@@ -84,7 +85,7 @@ def save_finetuned(
         log: JSON types; see `run.finetune`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / _PARTIAL
+    partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -96,6 +97,9 @@ def save_finetuned(
         plot_history(log["history"], partial / "train.png")
         names = sorted(path.name for path in partial.iterdir() if path.name != "config.json")
         (out / "config.json").unlink(missing_ok=True)
+        for stale in out.glob("*.safetensors*"):
+            # Where the new weights are cut into several files, a whole one would be loaded in place of them.
+            stale.unlink()
         for name in (*names, "config.json"):
             if (out / name).is_dir():
                 shutil.rmtree(out / name)

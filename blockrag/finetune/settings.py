@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
@@ -50,7 +51,7 @@ class FinetuneSettings:
             from random weights to their answers in about half of the tokens.
         weight_decay: The optimizer's.
         betas: AdamW's.
-        max_grad_norm: Gradients are scaled down to it.
+        max_grad_norm: Gradients are scaled down to it; 0 leaves them as they are.
         seed: Draws rows, gaps, dropout and adapters.
         bf16: Compute in bfloat16 (autocast); weights and optimizer keep their dtype.
         gradient_checkpointing: Compute activations twice instead of keeping them.
@@ -103,11 +104,21 @@ class FinetuneSettings:
             value, choices = getattr(self, field.name), get_args(hints[field.name])
             if choices and isinstance(choices[0], str) and value not in choices:
                 raise InputError(f"{field.name}={value!r} is none of {', '.join(map(repr, choices))}")
-        for name in ("max_tokens", "batch_rows", "accumulate", "log_steps", "save_limit"):
+        for name in ("max_tokens", "batch_rows", "accumulate", "lora_alpha", "log_steps", "save_limit"):
             self._at_least(name, 1)
-        names = ("max_gap", "prompt_weight", "steps", "warmup", "weight_decay", "lora_rank", "eval_steps", "save_steps")
-        for name in names:
+        for name in (
+            *("max_gap", "prompt_weight", "steps", "warmup", "weight_decay", "max_grad_norm"),
+            *("lora_rank", "eval_steps", "save_steps"),
+        ):
             self._at_least(name, 0)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field.name}={value!r} must be a finite number")
+        if not all(0 <= beta < 1 for beta in self.betas) or not 0 <= self.lora_dropout < 1:
+            raise InputError(
+                f"betas={self.betas}, lora_dropout={self.lora_dropout}: each must be from 0 on and less than 1"
+            )
         if self.learning_rate <= 0 or self.epochs <= 0 or not 0 < self.decay <= 1 or self.prompt_weight > 1:
             raise InputError(
                 f"learning_rate={self.learning_rate}, epochs={self.epochs}, decay={self.decay}, "
@@ -123,19 +134,23 @@ class FinetuneSettings:
         return {**asdict(self), "betas": list(self.betas)}
 
 
+_SAVED = FinetuneSettings(eval_steps=200, save_steps=200)
+"""What no publication says: a run of hours that stops goes on where it was 200 steps ago at most."""
+
 PRESETS: Mapping[str, tuple[str, FinetuneSettings]] = MappingProxyType(
     {
         "paper": (
             "arXiv 2409.15355, section 3.1: both attentions, learning rate 2e-5, batch 64, 20 warm-up steps, 1 epoch",
-            FinetuneSettings(learning_rate=2e-5, warmup=20, schedule="constant", accumulate=64),
+            replace(_SAVED, learning_rate=2e-5, warmup=20, schedule="constant", accumulate=64),
         ),
         "tulu3": (
             "The published script for Tulu 3: 2e-6 with linear decay, batch 128, sum over the tokens of an answer",
-            FinetuneSettings(learning_rate=2e-6, reduction="sum", accumulate=128),
+            replace(_SAVED, learning_rate=2e-6, reduction="sum", accumulate=128),
         ),
         "llama3": (
             "The first published script, for Llama 3: block attention only, loss over all tokens, 2e-5, batch 64",
-            FinetuneSettings(
+            replace(
+                _SAVED,
                 variants="block",
                 block_prefix="",
                 max_tokens=8192,
@@ -148,11 +163,11 @@ PRESETS: Mapping[str, tuple[str, FinetuneSettings]] = MappingProxyType(
         ),
         "cards": (
             "The model cards of Llama-3.2-1B-Block-FT and Qwen3-8B-block-FT: 2e-6, sum over the tokens of an answer",
-            FinetuneSettings(learning_rate=2e-6, reduction="sum", accumulate=64),
+            replace(_SAVED, learning_rate=2e-6, reduction="sum", accumulate=64),
         ),
         "packed": (
             "Ours: many questions to a row, rows packed to 4,096 tokens; for a GPU with FlexAttention",
-            FinetuneSettings(pack=True, accumulate=8, bf16=True, gradient_checkpointing=True),
+            replace(_SAVED, pack=True, accumulate=8, bf16=True, gradient_checkpointing=True),
         ),
     }
 )

@@ -116,10 +116,13 @@ class BlockTrainer(Trainer):  # type: ignore[misc]
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        divisor = denominator(batches, self._reduction).to(device)
+        tokens = torch.stack([(batch["prompt"] >= 0).sum(dtype=torch.float64) for batch in batches]).sum()
+        counts = torch.stack([denominator(batches, self._reduction), tokens]).to(device)
         if self.args.world_size > 1:
-            divisor = self.accelerator.gather(divisor).sum()
-        return batches, divisor
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        # In the state, so that a checkpoint keeps it; the Trainer's own count would need a padding mask.
+        self.state.num_input_tokens_seen += int(counts[1])
+        return batches, counts[0]
 
     def compute_loss(
         self,
