@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import struct
 import sys
 import warnings
@@ -26,12 +27,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from blockrag.errors import BlockRAGError, DataError, InputError, MissingDependencyError
 from blockrag.finetune import saving
-from blockrag.finetune.run import Finetuned, finetune
+from blockrag.finetune.run import Finetuned, finetune, training_template
 from blockrag.finetune.settings import PRESETS, FinetuneSettings
 from blockrag.model.block_model import BlockModel
-from blockrag.model.facts import NotBlockFineTunedWarning, load_facts
+from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning, load_facts
 from blockrag.passage import Passage
-from blockrag.prompt import TEMPLATES
+from blockrag.prompt import TEMPLATES, PromptTemplate
 
 QUICK = FinetuneSettings(steps=2, batch_rows=2, learning_rate=1e-3, log_steps=1)
 
@@ -186,6 +187,31 @@ def test_a_whole_run_in_full_attention_claims_nothing(base: Path) -> None:
     template = load_facts(further.path / "block_attention.json").template
     assert template is not None
     assert template.block_attention_prefix == "[B]"
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "expected"),
+    [
+        (None, None, "[Block-Attention]"),
+        (None, "[B]", "[B]"),
+        (None, "", ""),
+        ("", "[B]", "[B]"),
+        ("[Mine]", None, "[Mine]"),
+        ("[Mine]", "[B]", "[Mine]"),
+        ("", None, "[Block-Attention]"),
+    ],
+)
+def test_which_prefix_is_trained(given: str | None, known: str | None, expected: str) -> None:
+    """The given template's if it has one, else the model's if it was block-fine-tuned, else the published one."""
+
+    def template(prefix: str | None) -> PromptTemplate | None:
+        return None if prefix is None else replace(TEMPLATES["plain"], block_attention_prefix=prefix)
+
+    facts = BlockAttentionFacts(block_fine_tuned=known is not None or None, template=template(known))
+    found = training_template(template(given), facts, plain_tokenizer(), QUICK)
+    assert found.block_attention_prefix == expected
+    said = training_template(template(given), facts, plain_tokenizer(), replace(QUICK, block_prefix="[Said]"))
+    assert said.block_attention_prefix == "[Said]"
 
 
 def test_every_checkpoint_is_a_model(base: Path) -> None:
@@ -380,10 +406,23 @@ def test_nothing_is_written_where_a_line_cannot_be_used(base: Path, tmp_path: Pa
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"blocks": ["a", "b"], "response": "c"}\n{"text": "?"}\n')
     long = write_data(tmp_path / "long.jsonl", [rag_line(1, passages=20)])
+    small = Path(shutil.copytree(base / "model", tmp_path / "small"))
+    config = json.loads((small / "config.json").read_text("utf-8"))
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}), "utf-8")
     cases: list[tuple[type[BlockRAGError], str, dict[str, Any]]] = [
         (DataError, r"bad\.jsonl, line 2: has the fields", {"data": [bad]}),
         (DataError, r"bad\.jsonl, line 2: has the fields", {"eval_data": [bad]}),
         (DataError, r"long\.jsonl, line 1: \d+ tokens with 21 blocks, more than 256", {"data": [long]}),
+        (
+            DataError,
+            r"long\.jsonl, line 1: 4\d\d tokens with 21 blocks, more than the 256 positions the model was made for",
+            {"data": [long], "model": small, "settings": QUICK},
+        ),
+        (
+            DataError,
+            r"no line of .*long\.jsonl can be scored",
+            {"eval_data": [long], "model": small, "settings": QUICK},
+        ),
         (DataError, "no sample to train on", {"data": [long], "too_long": "skip"}),
         (DataError, r"no line of .*long\.jsonl can be scored, all are longer than 256 tokens", {"eval_data": [long]}),
         (DataError, "cannot read", {"data": [tmp_path / "absent.jsonl"]}),
@@ -393,9 +432,9 @@ def test_nothing_is_written_where_a_line_cannot_be_used(base: Path, tmp_path: Pa
     ]
     for error, message, changed in cases:
         arguments = {"model": base / "model", "data": [base / "train.jsonl"], "device": "cpu"} | changed
+        arguments.setdefault("settings", replace(QUICK, max_tokens=256))
         with pytest.raises(error, match=message):
-            finetune(out=tmp_path / "out", settings=replace(QUICK, max_tokens=256), **arguments)
-        assert not list(tmp_path.glob("out/**/*.safetensors"))
+            finetune(out=tmp_path / "out", **arguments)
         assert not (tmp_path / "out").exists()
 
 

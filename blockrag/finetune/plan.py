@@ -24,6 +24,7 @@ from blockrag.finetune.run import (
 )
 from blockrag.finetune.settings import FinetuneSettings
 from blockrag.model.loading import load_tokenizer, resolve_device
+from blockrag.model.profile import positions_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -132,11 +133,12 @@ def plan(
     """
     tokenizer, known = load_tokenizer(model)
     shown = training_template(template, known, tokenizer, settings)
-    samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
+    config, empty = _without_weights(tokenizer.name_or_path)
+    window = positions_of(empty)
+    samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long, window=window)
     rows = rows_of(samples, settings)
     lengths = rows.lengths()
     blocks, positions = rows.longest()
-    config, empty = _without_weights(tokenizer.name_or_path)
     chosen = train_dtype(dtype, resolve_device(device), settings)
     held = chosen if isinstance(chosen, torch.dtype) else config.dtype or torch.float32
     parameters = sum(weight.numel() for weight in empty.parameters())

@@ -30,6 +30,7 @@ from blockrag.finetune.trainer import BlockTrainer, StopsOnNaN
 from blockrag.fingerprint import hash_tensors, hash_tokenizer
 from blockrag.model.facts import BlockAttentionFacts
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
+from blockrag.model.profile import positions_of
 from blockrag.prompt import template_for
 
 if TYPE_CHECKING:
@@ -147,12 +148,13 @@ def finetune(
     parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in base.parameters())
     kept = _saved_dtype(base, save_dtype, revision)
     shown = training_template(template, known, tokenizer, settings)
-    samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long)
-    evaluated, _ = read_samples(eval_data, shown, tokenizer, settings.max_tokens, "skip", limit=eval_limit)
+    most, window = settings.max_tokens, positions_of(base)
+    samples, skipped = read_samples(data, shown, tokenizer, most, too_long, window=window)
+    evaluated, _ = read_samples(eval_data, shown, tokenizer, most, "skip", window=window, limit=eval_limit)
     if eval_data and not evaluated:
         raise DataError(
-            f"no line of {', '.join(map(str, eval_data))} can be scored, all are longer than {settings.max_tokens} "
-            "tokens; raise --max-tokens, or keep fewer passages (blockrag data rerank -k)"
+            f"no line of {', '.join(map(str, eval_data))} can be scored, all are longer than {most} tokens or the "
+            "model's positions; raise --max-tokens, or keep fewer passages (blockrag data rerank -k)"
         )
     # Now, as they were read: days later they may be others, or gone.
     files, eval_files = (
@@ -239,6 +241,7 @@ def read_samples(
     max_tokens: int,
     too_long: TooLong,
     *,
+    window: int | None = None,
     limit: int | None = None,
 ) -> tuple[list[Sample], int]:
     """The samples of data files.
@@ -249,6 +252,7 @@ def read_samples(
         tokenizer: The tokenizer.
         max_tokens: Longest sample; the questions of a line are shared out to several where they do not fit into one.
         too_long: Whether a question that does not fit with its passages is an error or left out.
+        window: Positions the model was made for; None for any.
         limit: Most lines.
 
     Returns:
@@ -263,16 +267,16 @@ def read_samples(
     for where, line in islice(lines, limit):
         found = samples_of(line, template, tokenizer, where)
         if too_long == "error":
-            samples.extend(fitted(found, max_tokens))
+            samples.extend(fitted(found, max_tokens, window))
             continue
-        kept, left_out = _that_fit(found, max_tokens)
+        kept, left_out = _that_fit(found, max_tokens, window)
         samples.extend(kept)
         skipped += left_out
     if skipped:
         logger.warning(
             "%s: questions of more than %d tokens, passages included, were left out in %d lines",
             ", ".join(map(str, paths)),
-            max_tokens,
+            min(max_tokens, window or max_tokens),
             skipped,
         )
     return samples, skipped
@@ -294,11 +298,12 @@ def rows_of(samples: Sequence[Sample], settings: FinetuneSettings) -> Rows:
     )
 
 
-def _that_fit(samples: Iterator[Sample], max_tokens: int) -> tuple[list[Sample], bool]:
+def _that_fit(samples: Iterator[Sample], max_tokens: int, window: int | None) -> tuple[list[Sample], bool]:
+    longest = min(max_tokens, window or max_tokens)
     kept: list[Sample] = []
     left_out = False
     for sample in samples:
-        branches = tuple(branch for branch in sample.branches if sample.shared_tokens + len(branch) <= max_tokens)
+        branches = tuple(branch for branch in sample.branches if sample.shared_tokens + len(branch) <= longest)
         left_out |= len(branches) < len(sample.branches)
         if branches:
             kept.extend(fitted([replace(sample, branches=branches)], max_tokens))
@@ -358,9 +363,12 @@ def training_template(
     """The template that is trained, and saved: what was asked for or the model's own, with the block prefix."""
     found = template or known.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
     prefix = settings.block_prefix
+    if prefix is None and template is not None and template.block_attention_prefix:
+        prefix = template.block_attention_prefix
     if prefix is None:
-        # What a model was block-fine-tuned with stays; one that was not gets the published text.
-        prefix = found.block_attention_prefix if known.block_fine_tuned else BLOCK_PREFIX
+        # What a model was block-fine-tuned with stays, in another template too; others get the published text.
+        own = known.template.block_attention_prefix if known.template is not None else ""
+        prefix = own if known.block_fine_tuned else BLOCK_PREFIX
     return found if settings.variants == "full" else replace(found, block_attention_prefix=prefix)
 
 

@@ -112,13 +112,19 @@ def samples_of(
         raise DataError(f"{where}: {error}") from error
 
 
-def fitted(samples: Iterable[Sample], max_tokens: int) -> Iterator[Sample]:
+def fitted(samples: Iterable[Sample], max_tokens: int, window: int | None = None) -> Iterator[Sample]:
     """Samples of at most `max_tokens` tokens: branches that do not fit go to samples of their own.
+
+    Args:
+        samples: The samples.
+        max_tokens: Most tokens of a row.
+        window: Positions the model was made for, which a question has to share with its passages alone; None for any.
 
     Raises:
         DataError: A question with all its passages is longer; names the line, and what would help.
     """
     for sample in samples:
+        _require_window(sample, window)
         start = 0
         while start < len(sample.branches):
             room, end = max_tokens - sample.shared_tokens, start
@@ -133,6 +139,15 @@ def fitted(samples: Iterable[Sample], max_tokens: int) -> Iterator[Sample]:
                 )
             yield replace(sample, branches=sample.branches[start:end])
             start = end
+
+
+def _require_window(sample: Sample, window: int | None) -> None:
+    longest = sample.shared_tokens + max(map(len, sample.branches))
+    if window is not None and longest > window:
+        raise DataError(
+            f"{sample.where}: {longest} tokens with {len(sample.blocks)} blocks, more than the {window} positions the "
+            "model was made for; keep fewer passages (blockrag data rerank -k), or pass --skip-too-long"
+        )
 
 
 def _rag_sample(line: RagLine, template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, where: str) -> Sample:

@@ -28,8 +28,8 @@ class FinetuneSettings:
     Args:
         variants: In which attention every sample is trained; see `Rows`.
         block_prefix: Text at the front of block 0 under block attention, in training and from then on in every prompt;
-            empty for none. By default what the model was block-fine-tuned with, or else "[Block-Attention]". Full
-            attention has none.
+            empty for none. By default that of a template that is given and has one, or else what the model was
+            block-fine-tuned with, or else "[Block-Attention]". Full attention has none.
         max_tokens: Longest sample, and longest packed row.
         pack: Put samples behind each other in rows of up to `max_tokens`. With dense masks, as on a CPU, long rows cost
             quadratically and are better left short.
