@@ -40,7 +40,8 @@ from blockrag.evaluation.speed.text import count, place, table
 from blockrag.finetune.data.lines import RagLine, read_rag_lines, write_lines
 from blockrag.finetune.data.squad import read_squad
 from blockrag.finetune.progress import duration
-from blockrag.finetune.run import finetune, last_checkpoint
+from blockrag.finetune.resuming import last_checkpoint
+from blockrag.finetune.run import finetune
 from blockrag.finetune.saving import CHECKPOINTS, LOG_FILE, data_file
 from blockrag.finetune.settings import FinetuneSettings
 from blockrag.model.block_model import BlockModel
