@@ -178,6 +178,9 @@ def test_a_whole_run_in_full_attention_claims_nothing(base: Path) -> None:
     control = run(base, "control", replace(QUICK, steps=1, variants="full"))
     facts = load_facts(control.path / "block_attention.json")
     assert facts.block_fine_tuned is False
+    card = (control.path / "README.md").read_text("utf-8")
+    assert "in full attention alone" in card
+    assert "Block-Attention" not in card
     assert facts.template == TEMPLATES["plain"]
     # What was block-fine-tuned before stays so, with its prefix.
     block = run(base, "block", replace(QUICK, steps=1, variants="block", block_prefix="[B]"))

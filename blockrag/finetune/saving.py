@@ -112,17 +112,22 @@ def _card(log: Mapping[str, Any], facts: BlockAttentionFacts) -> str:
     """A model card that says what was run; what the model is good for, its maker has to add."""
     settings = log["settings"]
     rows = [f"| {name} | {_shown(value)} |" for name, value in settings.items()]
-    template = facts.template.name if facts.template is not None else "unknown"
+    name, prefix = "unknown", ""
+    if facts.template is not None:
+        name, prefix = facts.template.name, facts.template.block_attention_prefix
+    what = f"in full attention alone. Prompt template `{name}`."
+    if settings["variants"] != "full":
+        what = f"""for Block-Attention (arXiv 2409.15355): passages
+that do not see each other, whose KV states can be stored and reused. Prompt template `{name}`, block prefix
+`{prefix}`. Seen in training: up to
+{facts.max_blocks} blocks and {facts.max_tokens} positions."""
     files = "\n".join(f"- {file['name']}: {file['lines']} lines, SHA-256 {file['sha256']}" for file in log["data"])
     return f"""---
 tags: [block-attention, rag]
 ---
 # {log["name"]}
 
-{log["base"]}, fine-tuned with blockrag {log["versions"]["blockrag"]} for Block-Attention (arXiv 2409.15355): passages
-that do not see each other, whose KV states can be stored and reused. Prompt template `{template}`, block prefix
-`{facts.template.block_attention_prefix if facts.template is not None else ""}`. Seen in training: up to
-{facts.max_blocks} blocks and {facts.max_tokens} positions.
+{log["base"]}, fine-tuned with blockrag {log["versions"]["blockrag"]} {what}
 
 ## Data
 {files}
