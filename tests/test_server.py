@@ -529,6 +529,7 @@ def test_a_defect_says_nothing_of_itself(model: BlockModel, caplog: pytest.LogCa
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::blockrag.BeyondTrainingWarning")  # twenty passages, for the pages of the list
 def test_blocks_are_built_ahead_listed_and_removed(live: Live, client: openai.OpenAI, model: BlockModel) -> None:
     documents = [{"id": f"w{n}", "title": f"Well {n}", "text": f"Well {n} is {n} meters deep."} for n in range(20)]
     built = live.http.post("/v1/blocks", json={"documents": documents}).json()

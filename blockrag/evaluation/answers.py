@@ -244,7 +244,8 @@ def _answered(
         whole = prompt.as_full().num_tokens
         tokens = Tokens(whole, 0, 0, (), whole, len(generation.token_ids))
     return Prediction(
-        **_asked(question, mode, prompt.text if question.blocks else ""),
+        # Without the text that says that blocks follow: that is the model's, not the benchmark's.
+        **_asked(question, mode, prompt.as_full().text if question.blocks else ""),
         prediction=generation.text,
         scores=score(generation.text, question.answers).as_json() if question.answers else {},
         tokens=tokens,
