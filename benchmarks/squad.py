@@ -45,7 +45,7 @@ from blockrag.finetune.run import finetune
 from blockrag.finetune.saving import CHECKPOINTS, LOG_FILE, data_file
 from blockrag.finetune.settings import FinetuneSettings
 from blockrag.model.block_model import BlockModel
-from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning, save_facts
+from blockrag.model.facts import FACTS_FILE, BlockAttentionFacts, NotBlockFineTunedWarning, save_facts
 from blockrag.model.trained import BeyondTrainingWarning
 from blockrag.prompt import TEMPLATES
 from blockrag.stores import MemoryStore
@@ -163,7 +163,7 @@ def run(train: Path, dev: Path, out: Path, options: Options, *, note: str = "") 
     """
     _claim(out, {"train": train.name, "dev": dev.name, **asdict(options)})
     sources = _lines(train, dev, out / "data", options)
-    if not (out / "untrained" / "config.json").is_file():
+    if not (out / "untrained" / FACTS_FILE).is_file():
         _save_untrained(out / "untrained", out / "data" / "train.jsonl", options)
     full = FinetuneSettings(
         variants="full",
@@ -285,9 +285,10 @@ def _save_untrained(out: Path, data: Path, options: Options) -> None:
     torch.manual_seed(options.seed)
     model = _model(options, len(tokenizer))
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
-    save_facts(BlockAttentionFacts(block_fine_tuned=False, template=TEMPLATES["plain"]), out)
     model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # Last: it says that the others are there.
+    save_facts(BlockAttentionFacts(block_fine_tuned=False, template=TEMPLATES["plain"]), out)
 
 
 def _model(options: Options, vocabulary: int, *, device: str = "cpu") -> LlamaForCausalLM:
