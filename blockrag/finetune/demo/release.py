@@ -104,10 +104,11 @@ then {block_steps} steps of block fine-tuning, whose lines alternate between the
 {tokens:,} tokens, {minutes} minutes on one core of a shared machine. `train_log.json` holds every number.
 
 ## Measured
-Greedy exact match of the whole answer (float32 weights), mean over the seeds ± standard error over lines (lowest to highest seed in
-parentheses); differences are from "full attention, block-fine-tuned", question by question. "order" questions ask which
-place the first or the last document describes. "control" had as many steps and the same lines as block fine-tuning, in
-full attention alone. "similar passages" are those of the corpus that share most words with the one asked about.
+Greedy exact match of the whole answer with float32 weights, mean over the seeds ± standard error over lines (lowest to
+highest seed in parentheses); differences are from "full attention, block-fine-tuned", question by question. "order"
+questions ask which place the first or the last document describes. "control" had as many steps and the same lines as
+block fine-tuning, in full attention alone. "similar passages" are those of the corpus that share most words with the
+one asked about.
 
 {table}
 What this shows: the mechanism, on a made-up task, with one and a half million parameters. What it does not show: that
