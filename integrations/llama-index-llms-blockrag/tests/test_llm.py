@@ -55,17 +55,19 @@ def rag(make_llm: MakeLLM) -> BlockRAGLLM:
 
 async def test_all_endpoints_say_the_same(llm: BlockRAGLLM) -> None:
     prompt = "The river runs from the lake"
+    # Sampled, so that there are several pieces to stream, whatever this model finds most likely here.
+    options: dict[str, Any] = {"ignore_eos": True, "temperature": 2.0, "seed": 7}
     chat = [ChatMessage(role="user", content=prompt)]
-    expected = llm.chat(chat, ignore_eos=True).message.content
+    expected = llm.chat(chat, **options).message.content
     assert expected
-    assert (await llm.achat(chat, ignore_eos=True)).message.content == expected
-    assert llm.complete(prompt, ignore_eos=True).text == expected
-    assert llm.complete(prompt, formatted=True, ignore_eos=True).text == expected
-    assert (await llm.acomplete(prompt, ignore_eos=True)).text == expected
-    chats = [list(llm.stream_chat(chat, ignore_eos=True))]
-    chats.append([piece async for piece in await llm.astream_chat(chat, ignore_eos=True)])
-    completions = [list(llm.stream_complete(prompt, ignore_eos=True))]
-    completions.append([piece async for piece in await llm.astream_complete(prompt, ignore_eos=True)])
+    assert (await llm.achat(chat, **options)).message.content == expected
+    assert llm.complete(prompt, **options).text == expected
+    assert llm.complete(prompt, formatted=True, **options).text == expected
+    assert (await llm.acomplete(prompt, **options)).text == expected
+    chats = [list(llm.stream_chat(chat, **options))]
+    chats.append([piece async for piece in await llm.astream_chat(chat, **options)])
+    completions = [list(llm.stream_complete(prompt, **options))]
+    completions.append([piece async for piece in await llm.astream_complete(prompt, **options)])
     streams = [([piece.message.content for piece in pieces], [piece.delta for piece in pieces]) for pieces in chats]
     streams += [([piece.text for piece in pieces], [piece.delta for piece in pieces]) for pieces in completions]
     for texts, deltas in streams:

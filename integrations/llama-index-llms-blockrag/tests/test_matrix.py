@@ -162,13 +162,13 @@ async def test_the_rag_form_answers_in_conversations(kind: str, shelf: Shelf, ma
 
 
 class Listening(BlockRAGLLM):
-    """Remembers what it answered."""
+    """Remembers what it answered, without the marker that blocks follow, which not every model has."""
 
     _texts: list[str] = PrivateAttr(default_factory=list)
 
     def _prepare(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare(*args, **kwargs)
-        self._texts.append(prepared.prompt.text)
+        self._texts.append(prepared.prompt.as_full().text)
         return prepared
 
 
