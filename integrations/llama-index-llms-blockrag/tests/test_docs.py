@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent
 ROOT = PACKAGE.parent.parent
 PAGES = [PACKAGE / "README.md", ROOT / "docs" / "guide" / "llama-index.md"]
 EXAMPLES = {
-    "llama_index_query_engine": ["Thimphu", "Kenyan shillings", "Nairobi", "5 blocks (360 tokens) reused, 1 ("],
+    "llama_index_query_engine": ["Thimphu", "Kenyan shillings", "Nairobi", "5 blocks reused, 1 computed"],
     "llama_index_chat_engine": ["Bhutan?  ->  Thimphu", "Kenya?  ->  Nairobi", "'found': 6"],
     "llama_index_ingestion": [
         "Bhutan?  ->  Thimphu",
@@ -54,4 +54,5 @@ def test_examples_run(name: str) -> None:
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     for expected in EXAMPLES[name]:
-        assert expected in run.stdout
+        # How many tokens a block has is the demo model's affair.
+        assert expected in re.sub(r" \([1-9]\d* tokens\)", "", run.stdout)
