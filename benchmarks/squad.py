@@ -52,6 +52,7 @@ from blockrag.stores import MemoryStore
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 HEAD_SIZE = 64
+RESUMED = "resumed"
 MAX_TOKENS = 4096
 PASSAGES = (5, 10)
 STAGES = {"before": "full attention", "after": "block fine-tuning"}
@@ -165,31 +166,7 @@ def run(train: Path, dev: Path, out: Path, options: Options, *, note: str = "") 
     sources = _lines(train, dev, out / "data", options)
     if not (out / "untrained" / FACTS_FILE).is_file():
         _save_untrained(out / "untrained", out / "data" / "train.jsonl", options)
-    full = FinetuneSettings(
-        variants="full",
-        steps=options.steps,
-        batch_rows=options.batch_rows,
-        max_tokens=MAX_TOKENS,
-        prompt_weight=options.prompt_weight,
-        optimizer="muon",
-        learning_rate=options.learning_rate,
-        schedule="hold-then-linear",
-        weight_decay=0.01,
-        betas=(0.9, 0.98),
-        seed=options.seed,
-        bf16=options.bf16,
-        save_steps=50,
-        save_limit=1,
-        log_steps=max(1, min(10, options.steps // 4)),
-    )
-    both = replace(
-        full,
-        variants="both",
-        steps=options.block_steps,
-        learning_rate=options.block_learning_rate,
-        decay=0.7,
-        log_steps=max(1, min(10, options.block_steps // 4)),
-    )
+    full, both = _settings(options)
     training = [
         _train(out / "untrained", out / "before", out / "data", full),
         _train(out / "before", out / "after", out / "data", both),
@@ -211,6 +188,35 @@ def run(train: Path, dev: Path, out: Path, options: Options, *, note: str = "") 
         "asked": asked,
         "learns": _learning_run(train, dev, options, training[0]),
     }
+
+
+def _settings(options: Options) -> tuple[FinetuneSettings, FinetuneSettings]:
+    """Of the run in full attention, and of block fine-tuning."""
+    full = FinetuneSettings(
+        variants="full",
+        steps=options.steps,
+        batch_rows=options.batch_rows,
+        max_tokens=MAX_TOKENS,
+        prompt_weight=options.prompt_weight,
+        optimizer="muon",
+        learning_rate=options.learning_rate,
+        schedule="hold-then-linear",
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        seed=options.seed,
+        bf16=options.bf16,
+        save_steps=50,
+        save_limit=1,
+        log_steps=max(1, min(10, options.steps // 4)),
+    )
+    return full, replace(
+        full,
+        variants="both",
+        steps=options.block_steps,
+        learning_rate=options.block_learning_rate,
+        decay=0.7,
+        log_steps=max(1, min(10, options.block_steps // 4)),
+    )
 
 
 def _claim(out: Path, wanted: Mapping[str, Any]) -> None:
@@ -317,13 +323,17 @@ def _train(start: Path, out: Path, data: Path, settings: FinetuneSettings) -> di
     """Train, unless it is done; returns what the result says of it."""
     if not (out / "config.json").is_file():
         _say(f"training, {STAGES[out.name]}")
+        resume = last_checkpoint(out) is not None
+        if resume:
+            # Its log will only know the time since then.
+            (out / RESUMED).touch()
         finetune(
             start,
             [data / "train.jsonl"],
             out,
             settings,
             eval_data=[data / "watched.jsonl"],
-            resume=last_checkpoint(out) is not None,
+            resume=resume,
             too_long="skip",
             progress=_say,
         )
@@ -344,7 +354,7 @@ def _train(start: Path, out: Path, data: Path, settings: FinetuneSettings) -> di
         "tokens": log["tokens_seen"],
         "passes": passes,
         "pass_tokens": round(log["tokens_seen"] / passes),
-        "seconds": log["seconds"],
+        "seconds": None if (out / RESUMED).is_file() else log["seconds"],
         "losses": [[entry["step"], entry["loss"]] for entry in losses],
         "watched": {name.removeprefix("eval_"): value for name, value in watched.items() if name.startswith("eval_")},
         "settings": settings.to_dict(),
@@ -476,7 +486,7 @@ def _training_table(training: Sequence[Mapping[str, Any]]) -> str:
     ]
     rows = []
     for stage in training:
-        watched = stage["watched"]
+        watched, seconds = stage["watched"], stage["seconds"]
         rows.append(
             [
                 stage["stage"],
@@ -484,8 +494,7 @@ def _training_table(training: Sequence[Mapping[str, Any]]) -> str:
                 f"{stage['steps']:,} x {stage['lines_per_step']}",
                 f"{stage['tokens']:,}",
                 f"{stage['passes']:.2f}",
-                duration(stage["seconds"]),
-                f"{stage['tokens'] / stage['seconds']:,.0f}",
+                *(("-", "-") if seconds is None else (duration(seconds), f"{stage['tokens'] / seconds:,.0f}")),
                 f"{stage['losses'][0][1]:.2f} to {stage['losses'][-1][1]:.2f}",
                 *(f"{watched[f'{mode}_loss']:.2f} ({watched[f'{mode}_exact_match']:.1f} %)" for mode in ATTENTIONS),
             ]
@@ -538,7 +547,7 @@ def _provenance(result: dict[str, Any]) -> str:
         f"{options['gold']} paragraphs to a training line; {skipped:,} lines had questions left out for being longer "
         f"than {MAX_TOKENS:,} tokens",
         f"{options['held_out']:,} lines of {sources['dev']['name']} for the loss of answers; greedy answers of at most "
-        f"{options['max_new_tokens']} tokens. Times are those since a run was last resumed",
+        f"{options['max_new_tokens']} tokens. Of a training that was stopped and continued no time is given",
     ]
     warned = [warning for model in STAGES for one in result["asked"][model].values() for warning in one["warnings"]]
     return "\n".join(f"- {line}" for line in [*lines, *dict.fromkeys(warned)])

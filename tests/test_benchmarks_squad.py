@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from blockrag.errors import InputError
 from blockrag.evaluation.predictions import read_predictions
 from blockrag.evaluation.questions import Selection, read_questions
+from blockrag.finetune.run import finetune
 from blockrag.model.facts import load_facts
 
 ROOT = Path(__file__).parent.parent
@@ -196,22 +197,45 @@ def test_the_arithmetic_counts_the_model_that_its_command_makes(result: dict[str
     assert learns["seconds"] == pytest.approx(learns["flops"] / 98.9e12)
 
 
+class Killed(TrainerCallback):
+    """Ends the process's training behind its last checkpoint."""
+
+    def on_evaluate(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+
 def test_the_same_command_goes_on_where_it_was(
     benchmark: ModuleType, files: list[str], out: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:
     copy = tmp_path / "out"
     shutil.copytree(out, copy)
-    # As if it had been killed while it answered, and one model were not trained yet.
-    shutil.rmtree(copy / "after")
-    shutil.rmtree(copy / "answers" / "5-passages" / "after")
-    shutil.rmtree(copy / "answers" / "10-passages" / "after")
-    (copy / "squad.json").unlink()
+    # As if it had been killed while the first model answered, and while the second was trained.
     cut = copy / "answers" / "10-passages" / "before" / "block.jsonl"
     cut.write_bytes(b"".join(cut.read_bytes().splitlines(keepends=True)[:4]))
+    for gone in ("after", "answers/5-passages/after", "answers/10-passages/after"):
+        shutil.rmtree(copy / gone)
+    (copy / "squad.json").unlink()
+    _, both = benchmark._settings(benchmark.Options(**result["options"]))
+    data = copy / "data"
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            copy / "before",
+            [data / "train.jsonl"],
+            copy / "after",
+            both,
+            eval_data=[data / "watched.jsonl"],
+            too_long="skip",
+            callbacks=[Killed()],
+        )
+    assert not (copy / "after" / "config.json").exists()
     kept = (copy / "before" / "model.safetensors").stat().st_mtime_ns
     run(benchmark, *files, *SMALL, *SHORT, "--out", str(copy), "--note", "a test")
     again = json.loads((copy / "squad.json").read_text("utf-8"))
     assert without_times(again) == without_times(result)
+    # How long a training took that was stopped, nobody knows.
+    assert again["training"][0]["seconds"] == result["training"][0]["seconds"] > 0
+    assert again["training"][1]["seconds"] is None
+    assert "| 0.12 | - | - |" in (copy / "squad.md").read_text("utf-8")
     assert (copy / "before" / "model.safetensors").stat().st_mtime_ns == kept
     assert len(cut.read_bytes().splitlines()) == 1 + 7
 
