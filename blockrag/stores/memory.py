@@ -5,13 +5,19 @@ For tests, single runs, and as the fast tier before a slower store. It knows not
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.fingerprint import check_key
 from blockrag.stores.protocol import StoreStats
+
+if TYPE_CHECKING:
+    from blockrag.fingerprint import Fingerprint
+    from blockrag.stores.report import StoreReport
 
 __all__ = ["MemoryStore", "byte_view"]
 
@@ -68,6 +74,8 @@ class MemoryStore:
         self._copied = _pinned_copy if pinned else bytearray
         self._lock = Lock()
         self._blocks: OrderedDict[str, bytearray | memoryview] = OrderedDict()
+        self._pins: Counter[str] = Counter()
+        self._fingerprints: dict[str, Fingerprint] = {}
         self._closed = False
         self._bytes = self._hits = self._misses = self._puts = self._evictions = 0
 
@@ -109,7 +117,7 @@ class MemoryStore:
 
         Raises:
             InputError: A malformed key, or `data` is not bytes.
-            StoreFullError: `data` alone exceeds the budget; nothing is evicted for it.
+            StoreFullError: `data` exceeds the budget, alone or beside the pinned blocks; nothing is evicted for it.
             StoreError: The store is closed.
         """
         check_key(key)
@@ -118,10 +126,10 @@ class MemoryStore:
             raise StoreFullError(f"a block of {len(block)} bytes exceeds max_bytes={self._max_bytes}; raise max_bytes")
         with self._lock:
             self._check_open()
-            self._remove(key)
-            while self._max_bytes is not None and self._bytes + len(block) > self._max_bytes:
-                self._remove(next(iter(self._blocks)))
+            for victim in self._victims(key, len(block)):
+                self._remove(victim)
                 self._evictions += 1
+            self._remove(key)
             self._blocks[key] = block
             self._bytes += len(block)
             self._puts += 1
@@ -178,6 +186,38 @@ class MemoryStore:
                 evictions=self._evictions,
             )
 
+    @contextmanager
+    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+        """Until the context ends, no `put` evicts any of these blocks."""
+        mine = Counter(set(keys))
+        with self._lock:
+            self._pins += mine
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins -= mine
+
+    def remember_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Note that blocks of this fingerprint are written here."""
+        with self._lock:
+            self._fingerprints[fingerprint.digest] = fingerprint
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """The remembered fingerprints by digest."""
+        with self._lock:
+            return dict(self._fingerprints)
+
+    def verify(self, *, fix: bool = False) -> StoreReport:
+        """Check every block.
+
+        Raises:
+            StoreError: The store is closed.
+        """
+        from blockrag.stores.report import check_blocks
+
+        return check_blocks(self, fix=fix)
+
     def close(self) -> None:
         """Drop all blocks; closing twice is fine."""
         with self._lock:
@@ -188,6 +228,25 @@ class MemoryStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"the store {self.url} is closed; open it again with open_store()")
+
+    def _victims(self, key: str, size: int) -> list[str]:
+        """The least recently used blocks that must go for `size` bytes under `key`."""
+        if self._max_bytes is None:
+            return []
+        excess = self._bytes - len(self._blocks.get(key, b"")) + size - self._max_bytes
+        victims = []
+        for other, block in self._blocks.items():
+            if excess <= 0:
+                break
+            if other != key and not self._pins[other]:
+                victims.append(other)
+                excess -= len(block)
+        if excess > 0:
+            raise StoreFullError(
+                f"a block of {size} bytes finds no room in max_bytes={self._max_bytes} beside the blocks that running "
+                "prompts use; raise max_bytes"
+            )
+        return victims
 
     def _remove(self, key: str) -> bool:
         block = self._blocks.pop(key, None)

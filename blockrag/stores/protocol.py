@@ -4,13 +4,21 @@ Stores move opaque bytes (`blockrag.codec` gives them meaning and checks them), 
 directory, or an object store, and nothing here assumes a single process. A store may lose a block at any time (it
 was evicted, a disk failed): readers treat that as a miss and recompute. It must never return other bytes than those
 put, short of damage to the medium, which the codec's checksum catches.
+
+Beside the blocks a store remembers which fingerprints wrote into it, so that a miss after an upgrade can say what
+changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from blockrag.fingerprint import Fingerprint
+    from blockrag.stores.report import StoreReport
 
 __all__ = ["BlockStore", "StoreStats"]
 
@@ -19,16 +27,27 @@ __all__ = ["BlockStore", "StoreStats"]
 class StoreStats:
     """Counters of one store: its contents now, its traffic since it was opened.
 
-    `max_bytes` is None where there is no budget.
+    Args:
+        blocks: Stored blocks; None where counting them would mean listing a bucket.
+        bytes: Their bytes; None likewise.
+        max_bytes: The byte budget; None where there is none.
+        hits: Blocks asked for and handed out.
+        misses: Blocks asked for and not handed out, whatever the reason.
+        puts: Blocks stored.
+        evictions: Blocks dropped for the budget.
+        failures: Misses and writes that a fault or a deadline caused; each is logged.
+        tiers: Counters of the stores it is made of, fastest first, by URL.
     """
 
-    blocks: int
-    bytes: int
+    blocks: int | None
+    bytes: int | None
     max_bytes: int | None
     hits: int
     misses: int
     puts: int
     evictions: int
+    failures: int = 0
+    tiers: tuple[tuple[str, StoreStats], ...] = ()
 
 
 class BlockStore(Protocol):
@@ -77,6 +96,38 @@ class BlockStore(Protocol):
 
     def stats(self) -> StoreStats:
         """Counters of this store."""
+        ...
+
+    def pinned(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """Until the context ends, no `put` of this object evicts any of these blocks; may be nested and overlap.
+
+        A running prompt pins its blocks, so that storing one it had to compute cannot push out one it has yet to read.
+        A block that finds no room beside the pinned ones is refused with StoreFullError. Stores that evict nothing
+        themselves do nothing here.
+        """
+        ...
+
+    def remember_fingerprint(self, fingerprint: Fingerprint) -> None:
+        """Note that blocks of this fingerprint are written here; noting it again does nothing.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        ...
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """The remembered fingerprints by digest; one that cannot be read is left out and logged."""
+        ...
+
+    def verify(self, *, fix: bool = False) -> StoreReport:
+        """Read and check every block, and whatever else the store keeps.
+
+        Args:
+            fix: Remove what is damaged or belongs to nobody; a removed block is computed again when it is needed.
+
+        Raises:
+            StoreError: The store cannot be read at all.
+        """
         ...
 
     def close(self) -> None:
