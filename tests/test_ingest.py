@@ -363,7 +363,7 @@ def test_reader_documents_and_caller_passages_go_through(house, tmp_path):
 def test_batches_are_bounded_by_number_and_by_length(monkeypatch):
     monkeypatch.setattr(pipeline, "_BATCH_CHARACTERS", 10)
     sizes = ["x", "x", "x", "x" * 30, "x" * 5, "x" * 5, "x"]
-    batches = pipeline._batches(iter([Document(str(i), text) for i, text in enumerate(sizes)]), 3)
+    batches = pipeline.in_batches(iter([Document(str(i), text) for i, text in enumerate(sizes)]), 3)
     assert [[document.id for document in batch] for batch in batches] == [["0", "1", "2"], ["3"], ["4", "5"], ["6"]]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +23,7 @@ from blockrag.finetune.run import (
     with_adapters,
 )
 from blockrag.finetune.settings import FinetuneSettings
-from blockrag.model.loading import load_tokenizer, resolve_device
+from blockrag.model.loading import load_tokenizer, load_without_weights, resolve_device
 from blockrag.model.profile import positions_of
 
 if TYPE_CHECKING:
@@ -133,14 +133,14 @@ def plan(
     """
     tokenizer, known = load_tokenizer(model)
     shown = training_template(template, known, tokenizer, settings)
-    config, empty = _without_weights(tokenizer.name_or_path)
+    empty = load_without_weights(model)
     window = positions_of(empty)
     samples, skipped = read_samples(data, shown, tokenizer, settings.max_tokens, too_long, window=window)
     rows = rows_of(samples, settings)
     lengths = rows.lengths()
     blocks, positions = rows.longest()
     chosen = train_dtype(dtype, resolve_device(device), settings)
-    held = chosen if isinstance(chosen, torch.dtype) else config.dtype or torch.float32
+    held = chosen if isinstance(chosen, torch.dtype) else empty.config.dtype or torch.float32
     parameters = sum(weight.numel() for weight in empty.parameters())
     trained = with_adapters(empty, settings) if settings.lora_rank else empty
     trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
@@ -163,16 +163,8 @@ def plan(
         rows_per_step=settings.batch_rows * settings.accumulate * processes,
         parameters=parameters,
         trained=trainable,
-        memory=_memory(config.get_text_config(), settings, rows, max(lengths), held, parameters, trainable),
+        memory=_memory(empty.config.get_text_config(), settings, rows, max(lengths), held, parameters, trainable),
     )
-
-
-def _without_weights(name: str) -> tuple[PretrainedConfig, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        return config, AutoModelForCausalLM.from_config(config)
 
 
 def _memory(

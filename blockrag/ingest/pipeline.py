@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from blockrag.prompt import Block, PromptTemplate
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["PrefillModel", "delete", "delete_unused_blocks", "ingest"]
+__all__ = ["PrefillModel", "delete", "delete_unused_blocks", "in_batches", "ingest"]
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def ingest(
     if progress is not None:
         progress.start(expected_documents(sources))
     try:
-        for batch in _batches(documents, batch_documents):
+        for batch in in_batches(documents, batch_documents):
             work.run(batch)
         if prune:
             work.prune()
@@ -399,7 +399,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _batches(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:
+def in_batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
     """Documents in batches bounded by number and by length."""
     batch: list[Document] = []
     characters = 0

@@ -21,12 +21,12 @@ import torch
 
 from blockrag.codec import Precision
 from blockrag.errors import InputError, UnsupportedModelError
-from blockrag.fingerprint import Fingerprint, hash_json, hash_tensors, hash_tokenizer
 from blockrag.model.answer import Chunk, Generation
 from blockrag.model.batch import BatchLimits, answer_together, group_prompts, padding_error
 from blockrag.model.blocks import BlockSource
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
 from blockrag.model.guard import ForwardGuard
+from blockrag.model.identity import fingerprint_of
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
 from blockrag.model.materialize import MaterializeReport
 from blockrag.model.oracle import oracle_logits
@@ -44,6 +44,7 @@ from blockrag.stores import MemoryStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from blockrag.fingerprint import Fingerprint
     from blockrag.kernels.at_rest import AtRest
     from blockrag.kv import BlockKV
     from blockrag.model.device_pool import DevicePool
@@ -66,7 +67,7 @@ class ClosableIterator(Protocol[T_co]):
         ...
 
 
-__all__ = ["Attention", "BlockModel"]
+__all__ = ["Attention", "BlockModel", "default_precision"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,6 @@ _DEFAULT_STORE_BYTES = 2 << 30
 # On a CPU 512 to 4,096 tokens are within 4 % of each other, so that memory decides; a GPU wants more.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _BATCH_PROMPTS = 32
-# Entries of a model's configuration that say nothing about what it computes.
-_INERT_CONFIG = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
 
 
 class BlockModel:
@@ -128,7 +127,7 @@ class BlockModel:
         self.facts = facts or BlockAttentionFacts()
         self.template = template or self.facts.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
         self.store: BlockStore = MemoryStore(max_bytes=_DEFAULT_STORE_BYTES) if store is None else store
-        self.precision: Precision = _checked_precision(precision or _default_precision(model.dtype))
+        self.precision: Precision = _checked_precision(precision or default_precision(model.dtype))
         self.namespace = namespace
         self._kept_bytes = _checked_bytes(kept_bytes)
         self.device_pool = device_pool
@@ -221,21 +220,7 @@ class BlockModel:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Everything that shapes this model's KV states. Reads all weights once."""
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _INERT_CONFIG}
-        profile = self._composable()
-        ropes = [
-            [[r.keys.describe(), r.keys.frequencies, r.values.describe(), r.values.frequencies] for r in regime.ropes]
-            for regime in profile.regimes
-        ]
-        return Fingerprint(
-            weights=hash_tensors(self.model.state_dict().items()),
-            config=hash_json(config),
-            rope=hash_json(ropes),
-            tokenizer=hash_tokenizer(self.tokenizer),
-            template=self.template.digest(),
-            compute_dtype=str(self.model.dtype).removeprefix("torch."),
-            precision=self.precision,
-        )
+        return fingerprint_of(self.model, self.tokenizer, self.template, self._composable(), self.precision)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -645,6 +630,7 @@ def _checked_precision(precision: Precision) -> Precision:
     return precision
 
 
-def _default_precision(dtype: torch.dtype) -> Precision:
+def default_precision(dtype: torch.dtype) -> Precision:
+    """Precision at rest of a model that computes in `dtype`, unless another is asked for."""
     # float16 keeps three bits more than bfloat16; a block beyond its range is stored as float32 instead.
     return "bfloat16" if dtype == torch.bfloat16 else "float16"

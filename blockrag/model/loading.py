@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from blockrag.demo import checkpoint_path
@@ -16,7 +16,7 @@ from blockrag.model.facts import FACTS_FILE, BlockAttentionFacts, load_facts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_pretrained", "load_tokenizer", "resolve_device", "resolve_dtype"]
+__all__ = ["load_pretrained", "load_tokenizer", "load_without_weights", "resolve_device", "resolve_dtype", "source_of"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,7 +71,7 @@ def load_pretrained(
     Raises:
         InputError: The directory or hub id does not exist, or holds no causal language model.
     """
-    name = _source(id_or_path)
+    name = source_of(id_or_path)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, revision=revision, output_loading_info=True
@@ -88,6 +88,27 @@ def load_pretrained(
     return model.to(device).eval(), tokenizer, _facts_of(name, revision)
 
 
+def load_without_weights(id_or_path: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+    """A model of a saved configuration on torch's meta device: it has shapes, and no numbers.
+
+    Its configuration names the dtype it was saved in, as always; the parameters have another.
+
+    Raises:
+        InputError: The directory or hub id does not exist, or is not that of a causal language model.
+    """
+    name = source_of(id_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        saved_as = config.dtype
+        with torch.device("meta"):
+            # In the dtype that every kernel takes: those of experts refuse float32.
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except Exception as error:
+        raise _cannot_load(name, error) from error
+    model.config.dtype = saved_as
+    return model.eval()
+
+
 def load_tokenizer(
     id_or_path: str | Path, *, revision: str | None = None
 ) -> tuple[PreTrainedTokenizerBase, BlockAttentionFacts]:
@@ -96,7 +117,7 @@ def load_tokenizer(
     Raises:
         InputError: The directory or hub id does not exist, or holds no tokenizer.
     """
-    name = _source(id_or_path)
+    name = source_of(id_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:
@@ -104,7 +125,8 @@ def load_tokenizer(
     return tokenizer, _facts_of(name, revision)
 
 
-def _source(id_or_path: str | Path) -> str:
+def source_of(id_or_path: str | Path) -> str:
+    """What transformers is asked to load: "demo" is the checkpoint that ships with blockrag."""
     return str(checkpoint_path() if id_or_path == "demo" else id_or_path)
 
 

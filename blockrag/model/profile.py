@@ -34,7 +34,7 @@ from blockrag.rope import RopeSpec, rotate_, unrotate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelProfile", "Regime", "positions_of", "probe_regimes", "room_within", "structure_of"]
+__all__ = ["ModelProfile", "Regime", "positions_of", "probe_regimes", "room_within", "structure_of", "unprobed_profile"]
 
 _PROBE_TOKENS = 9
 _PROBE_SHIFT = 37
@@ -199,6 +199,37 @@ def probe_regimes(model: PreTrainedModel, structure: LayerStructure) -> ModelPro
         attention=str(model.config._attn_implementation),
         captures_early=_captures_early(model, structure, before, offset),
         shift_error=error,
+    )
+
+
+def unprobed_profile(model: PreTrainedModel) -> ModelProfile:
+    """Shapes and limits of a model whose weights are not there: what can be said of it before it computes anything.
+
+    Args:
+        model: On torch's meta device; its frequencies are spoilt by this, so that it is good for nothing else.
+
+    Returns:
+        A profile without regimes, whose probes have not run.
+
+    Raises:
+        UnsupportedModelError: A layer keeps another state than keys and values.
+        RuntimeError: The model looks at numbers while it computes, and there are none.
+    """
+    structure = structure_of(model)
+    for module in model.modules():
+        # Frequencies that depend on how long the prompt is need its positions; shapes do not depend on them.
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.rope_type = "default"
+    captured = _captured(model, structure, 0)
+    return ModelProfile(
+        layout=KVLayout(tuple(LayerShape(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in captured)),
+        structure=structure,
+        regimes=(),
+        regime_limit=_longrope_limit(model),
+        max_tokens=_max_tokens(model),
+        attention=str(model.config._attn_implementation),
+        captures_early=False,
+        shift_error=float("nan"),
     )
 
 
