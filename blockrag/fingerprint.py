@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT_VERSION",
+    "FactorChange",
     "Fingerprint",
     "block_key",
     "check_fingerprint",
@@ -43,6 +44,8 @@ FORMAT_VERSION = 1
 _KEY = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _CHUNK_BYTES = 64 << 20
+_FOLLOW_DTYPE = ("weights", "rope")
+_LONG_DIGEST = re.compile(r"[0-9a-f]{32,}")
 
 
 def check_key(key: str) -> str:
@@ -69,21 +72,45 @@ def check_fingerprint(fingerprint: str) -> str:
     return fingerprint
 
 
+@dataclass(frozen=True, slots=True)
+class FactorChange:
+    """One factor in which two fingerprints differ.
+
+    Args:
+        name: The factor, a field of `Fingerprint`.
+        stored: What it was when blocks were stored.
+        asked: What it is now.
+    """
+
+    name: str
+    stored: str
+    asked: str
+
+    def __str__(self) -> str:
+        return f"stored for {self.name} {_short(self.stored)}, asked with {_short(self.asked)}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
     """Everything that shaped a model's KV states, factor by factor.
 
     Each factor is a short string: a digest of something large, or the thing itself where it is short. Paths, devices,
-    batch sizes and dates are left out on purpose: they do not change what a block means.
+    batch sizes and dates are left out on purpose: they do not change what a block means. So is the namespace, which
+    belongs to a block's key: fingerprints are shown to people.
 
     Args:
-        weights: `hash_tensors` of the model's parameters and buffers.
-        config: `hash_json` of the configuration values that change the computation.
-        rope: `hash_json` of the rotation's parameters.
-        tokenizer: `hash_tokenizer` of the tokenizer.
-        template: `hash_json` of the prompt template that surrounds a block's text.
+        weights: `hash_tensors` of the model's parameters and buffers, without those of adapters.
+        config: `hash_json` of the configuration values that change the computation, but those of rope and attention.
+        rope: `hash_json` of the rotation: its type and parameters, and the frequencies the model was seen to use.
+        tokenizer: `hash_tokenizer` of the tokenizer: vocabulary, added tokens, begin-of-sequence policy.
+        template: `hash_json` of what surrounds a block's text: the prompt template, the tokenizer's chat template.
         compute_dtype: The dtype the model computed in, e.g. "float32".
-        precision: The precision at rest, e.g. "bfloat16".
+        precision: The precision at rest, e.g. "bfloat16" or "int8".
+        attention: `hash_json` of what a token sees inside a block: windows, chunks, the kind of each layer.
+        adapter: `hash_json` of adapters that are not merged: tensors, scale, which are active; "none" without any.
+        splitting: How control tokens spelled in a text are treated.
+        positions: Which positions stored keys are at.
+        library: The library that computes, up to the part of its version that is declared compatible.
         format: The version of the encoded block.
     """
 
@@ -94,6 +121,11 @@ class Fingerprint:
     template: str
     compute_dtype: str
     precision: str
+    attention: str = "full"
+    adapter: str = "none"
+    splitting: str = "inert"
+    positions: str = "unrotated"
+    library: str = "none"
     format: str = str(FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -110,6 +142,17 @@ class Fingerprint:
     def differences(self, other: Fingerprint) -> tuple[str, ...]:
         """Names of the factors in which two fingerprints differ; empty when they are equal."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name))
+
+    def changes_since(self, stored: Fingerprint) -> tuple[FactorChange, ...]:
+        """What became different since another fingerprint's blocks were stored, for people to read.
+
+        In another dtype the weights and the rotation's frequencies are other numbers as well: where `compute_dtype`
+        differs, it alone is named for the three.
+        """
+        names = self.differences(stored)
+        if "compute_dtype" in names:
+            names = tuple(name for name in names if name not in _FOLLOW_DTYPE)
+        return tuple(FactorChange(name, getattr(stored, name), getattr(self, name)) for name in names)
 
     def to_json(self) -> str:
         """The factors as one line of canonical JSON, for a manifest beside a store or an index."""
@@ -207,7 +250,8 @@ def hash_tokenizer(tokenizer: Any) -> str:
 
     A fast tokenizer is its backend's JSON (normalizer, pre-tokenizer, model, merges, added tokens), without the
     truncation and padding that calls switch on and off; any other is its class, its vocabulary and its added tokens.
-    Special tokens belong to both. The chat template does not: it is part of the `template` factor.
+    Special tokens and the policy of opening texts with one belong to both. The chat template does not: it is part of
+    the `template` factor.
 
     Args:
         tokenizer: A transformers tokenizer, fast or slow.
@@ -225,12 +269,18 @@ def hash_tokenizer(tokenizer: Any) -> str:
             "class": type(tokenizer).__name__,
             "vocab": tokenizer.get_vocab(),
             "added": tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {},
+            # A fast tokenizer's backend does this itself, and says so.
+            "adds": [bool(getattr(tokenizer, name, False)) for name in ("add_bos_token", "add_eos_token")],
         }
     else:
         raise InputError(f"{type(tokenizer).__name__} is not a tokenizer; pass one from transformers.AutoTokenizer")
     ids = list(getattr(tokenizer, "all_special_ids", ()))
     special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
     return hash_json({"body": body, "special_ids": ids, "special_tokens": special})
+
+
+def _short(value: str) -> str:
+    return f"{value[:8]}..." if _LONG_DIGEST.fullmatch(value) else value
 
 
 def _canonical(obj: object) -> str:

@@ -20,9 +20,12 @@ from typing import Literal
 
 import torch
 
-__all__ = ["RopeKind", "RopeSpec", "angle_table", "rotate_", "unrotate"]
+__all__ = ["POSITIONS_AT_REST", "RopeKind", "RopeSpec", "angle_table", "rotate_", "unrotate"]
 
 RopeKind = Literal["none", "half", "interleaved"]
+
+POSITIONS_AT_REST = "unrotated"
+"""Which positions stored keys are at: none. Part of every fingerprint; another convention needs another name."""
 
 # Tokens rotated at a time: the temporaries stay in the processor's cache (256 and 8,192 both measured slower).
 _CHUNK_TOKENS = 1024

@@ -441,7 +441,7 @@ def change_precision(model: BlockModel) -> BlockModel:
     [
         (change_weight, {"weights"}),
         (change_config, {"config"}),
-        (change_rope, {"config", "rope"}),
+        (change_rope, {"rope"}),
         (change_tokenizer, {"tokenizer"}),
         (change_template, {"template"}),
         (change_dtype, {"weights", "compute_dtype", "rope"}),  # the frequencies are buffers and were rounded as well

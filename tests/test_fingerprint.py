@@ -22,7 +22,21 @@ from blockrag.fingerprint import (
     hash_tokenizer,
 )
 
-FACTORS = ("weights", "config", "rope", "tokenizer", "template", "compute_dtype", "precision", "format")
+FACTORS = (
+    "weights",
+    "config",
+    "rope",
+    "tokenizer",
+    "template",
+    "compute_dtype",
+    "precision",
+    "attention",
+    "adapter",
+    "splitting",
+    "positions",
+    "library",
+    "format",
+)
 BASE = Fingerprint(
     weights="w", config="c", rope="r", tokenizer="t", template="p", compute_dtype="float32", precision="float16"
 )
@@ -40,7 +54,7 @@ class TestFingerprint:
 
     def test_golden_digest(self):
         """A change here makes every stored block of earlier releases a miss; make it on purpose or not at all."""
-        assert BASE.digest == "310e90ba4bb036dc19dec45c926d070f"
+        assert BASE.digest == "693b537ca838ce1c76ac22ff4cb2ca7d"
 
     @pytest.mark.parametrize("name", FACTORS)
     def test_every_factor_changes_the_digest_and_is_named(self, name):
@@ -57,7 +71,22 @@ class TestFingerprint:
         assert swapped.digest != BASE.digest
         assert swapped.differences(BASE) == ("weights", "config")
 
-    @given(values=st.lists(texts.filter(bool), min_size=8, max_size=8))
+    def test_changes_are_said_with_what_was_and_what_is(self):
+        digest = "91bc" * 8
+        now = replace(BASE, tokenizer=digest, precision="int8", library="transformers 6")
+        assert [str(change) for change in now.changes_since(replace(BASE, tokenizer="3f2a" * 8))] == [
+            "stored for tokenizer 3f2a3f2a..., asked with 91bc91bc...",
+            "stored for precision float16, asked with int8",
+            "stored for library none, asked with transformers 6",
+        ]
+        assert now.changes_since(now) == ()
+
+    def test_another_dtype_explains_other_weights_and_frequencies(self):
+        now = replace(BASE, weights="v", rope="s", compute_dtype="bfloat16", config="d")
+        assert [change.name for change in now.changes_since(BASE)] == ["config", "compute_dtype"]
+        assert now.differences(BASE) == ("weights", "config", "rope", "compute_dtype")
+
+    @given(values=st.lists(texts.filter(bool), min_size=len(FACTORS), max_size=len(FACTORS)))
     @settings(max_examples=50, deadline=None)
     def test_json_round_trip(self, values):
         fingerprint = Fingerprint(**dict(zip(FACTORS, values, strict=True)))

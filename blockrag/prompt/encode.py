@@ -30,7 +30,11 @@ from blockrag.prompt.segment import Block, BlockKind
 if TYPE_CHECKING:
     from transformers import AddedToken, PreTrainedTokenizerBase
 
-__all__ = ["Draft", "Span", "check_text", "content", "encode_drafts", "markup"]
+__all__ = ["SPLIT_POLICY", "Draft", "Span", "check_text", "content", "encode_drafts", "markup"]
+
+SPLIT_POLICY = "inert"
+"""How control tokens spelled in a text are treated: as plain text. Part of every fingerprint; another way of cutting
+texts into blocks needs another name."""
 
 # Fast tokenizers keep `split_special_tokens` as state of the shared backend, so two threads with different values
 # would race; the check of the ids below would catch it, but then the ids would depend on timing.
