@@ -30,7 +30,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from blockrag import stores
 from blockrag.errors import InputError, StoreError, StoreFullError, UnsafeStoreError
 from blockrag.stores import BlockStore, DiskStore, MemoryStore, StoreStats, open_store, parse_bytes
-from blockrag.stores import disk as disk_module
+from blockrag.stores.disk import values as disk_values
+from blockrag.stores.files import StoreFiles
 
 SMALL, IN_FILE = 100, 40_000
 
@@ -553,7 +554,7 @@ class TestDiskDirectory:
 
     def test_garbage_index(self, root):
         (root / "cache.db").write_bytes(b"not a database" * 1000)
-        with pytest.raises(StoreError, match="its index is damaged, delete the directory and ingest again"):
+        with pytest.raises(StoreError, match="its index is damaged: let `blockrag verify-store --fix`"):
             DiskStore(root)
 
     def test_overwritten_index_pages(self, tmp_path):
@@ -614,19 +615,19 @@ class TestDiskDamage:
         assert disk.contains_many([key(1), key(2)]) == {key(1)}
         file.symlink_to(root / "cache.db")
         assert disk.contains_many([key(1), key(2)]) == {key(1)}
-        disk._cache.execute("UPDATE Cache SET filename = '../cache.db' WHERE key = ?", (key(2),))
+        disk._index.execute("UPDATE Cache SET filename = '../cache.db' WHERE key = ?", (key(2),))
         assert disk.contains_many([key(1), key(2)]) == {key(1)}
 
     def test_value_file_that_ends_while_it_is_read(self, disk, root):
         """Another process may cut the file between the check of its length and the read."""
         row = disk._rows([key(2)])[key(2)]
-        opened = disk._disk.open(row, row.size)
+        opened = disk._index.values.open(row.filename, row.size)
         os.truncate(value_files(root)[0], IN_FILE // 2)
-        assert disk_module._read(opened, disk_module._Buffer()) is None
+        assert disk._index.values.read(opened, disk_values.Buffer()) is None
 
-    def test_value_file_that_cannot_be_read(self, root, caplog):
+    def test_value_file_that_cannot_be_read(self, disk, root, caplog):
         handle = os.open(value_files(root)[0], os.O_WRONLY)
-        assert disk_module._read(disk_module._OpenValue(handle, 8), disk_module._Buffer()) is None
+        assert disk._index.values.read(disk_values.OpenValue(handle, 8), disk_values.Buffer()) is None
         assert "cannot read a value file" in caplog.text
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(handle)
@@ -699,7 +700,7 @@ class TestHostileDirectory:
         with pytest.raises(UnsafeStoreError, match="raw=0"):
             list(disk.keys())
         with pytest.raises(UnsafeStoreError, match="raw=0"):
-            list(disk._cache)
+            list(disk._index)
         assert bytes(disk.get(key(1))) == value(1)
 
     @pytest.mark.parametrize("name", ["cafe", key(7).upper()[:-1] + "F", b"\0" * 64, 7, None])
@@ -850,9 +851,9 @@ class TestHostileDirectory:
             assert store.stats().blocks == 7
             assert store.stats().bytes == SMALL + 6 * IN_FILE
             assert len(value_files(root)) == 6
-            assert store._cache.execute("PRAGMA mmap_size").fetchall() in ([], [(0,)])
-            assert store._cache.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
-            assert store._cache.execute("PRAGMA trusted_schema").fetchall() == [(0,)]
+            assert store._index.execute("PRAGMA mmap_size").fetchall() in ([], [(0,)])
+            assert store._index.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+            assert store._index.execute("PRAGMA trusted_schema").fetchall() == [(0,)]
 
     def test_hostile_sizes_do_not_reach_the_arithmetic(self, root):
         execute(root, "UPDATE Cache SET size = ? WHERE key = ?", "x" * 10, key(1))
@@ -861,18 +862,18 @@ class TestHostileDirectory:
 
     def test_going_through_diskcache_itself_is_as_strict(self, disk, root, bomb):
         """The hardening sits in the `Disk` that diskcache calls, so its own methods are covered too."""
-        assert bytes(disk._cache.get(key(1))) == value(1)
-        assert bytes(disk._cache.get(key(2))) == value(2, IN_FILE)
+        assert bytes(disk._index.get(key(1))) == value(1)
+        assert bytes(disk._index.get(key(2))) == value(2, IN_FILE)
         for name, data in [("text", b"x"), (key(3), "text"), (key(3), {"a": 1}), (7, b"x")]:
             with pytest.raises(InputError):
-                disk._cache.set(name, data)
+                disk._index.set(name, data)
         with pytest.raises(InputError, match="not streams"), (root / "cache.db").open("rb") as file:
-            disk._cache.set(key(3), file, read=True)
+            disk._index.set(key(3), file, read=True)
         execute(root, "UPDATE Cache SET mode = 4, value = ? WHERE key = ?", bomb, key(1))
         with pytest.raises(UnsafeStoreError):
-            disk._cache.get(key(1))
+            disk._index.get(key(1))
         value_files(root)[0].unlink()
-        assert disk._cache.get(key(2)) is None
+        assert disk._index.get(key(2)) is None
 
     def test_nothing_is_pickled_or_unpickled(self, tmp_path):
         code = """
@@ -937,17 +938,16 @@ class TestDiskBudget:
             other.execute("ROLLBACK")
 
     def test_notes_of_use_are_bounded(self, disk, monkeypatch):
-        monkeypatch.setattr("blockrag.stores.disk._MAX_NOTED_USES", 1)
+        monkeypatch.setattr("blockrag.stores.disk.store._MAX_NOTED_USES", 1)
         disk.get(key(1))
         disk.get(key(2))
         assert list(disk._used) == [key(2)]
 
-    def test_lock_held_by_a_hanging_process(self, root, monkeypatch, caplog):
-        monkeypatch.setattr("blockrag.stores.disk._BUSY_S", 0.05)
-        store = DiskStore(root)
+    def test_lock_held_by_a_hanging_process(self, root, caplog):
+        store = DiskStore(root, files=StoreFiles(patience_s=0.05))
         with contextlib.closing(sqlite3.connect(root / "cache.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            with pytest.raises(StoreError, match="another process has held its lock"):
+            with pytest.raises(StoreError, match="another process keeps its lock"):
                 store.put(key(3), value(3, IN_FILE))
             store.get(key(1))
             store.close()
@@ -1039,19 +1039,20 @@ class TestProcesses:
         """The writer is killed in the middle of a value file: it stops itself there, by counting its own writes."""
         code = """
             import os, signal, sys
-            from blockrag.stores import disk
-            store = disk.DiskStore(sys.argv[1])
+            from blockrag.stores.disk import DiskStore
+            from blockrag.stores.files import StoreFiles
             left = int(sys.argv[2])
-            store.put(f"{0:064x}", bytes(40_000))
-            class Chopped(disk._SafeDisk):
-                def _write_file(self, path, view):
+            class Chopped(StoreFiles):
+                def write(self, handle, data):
                     global left
-                    if not left:
-                        super()._write_file(path, view[: len(view) // 2])
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    left -= 1
-                    super()._write_file(path, view)
-            store._disk.__class__ = Chopped
+                    if len(data) == 40_000:
+                        if left < 0:
+                            super().write(handle, data[: len(data) // 2])
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        left -= 1
+                    return super().write(handle, data)
+            store = DiskStore(sys.argv[1], files=Chopped())
+            store.put(f"{0:064x}", bytes(40_000))
             for i in range(1, 100):
                 store.put(f"{i:064x}", i.to_bytes(4, "little") * 10_000)
         """
@@ -1072,8 +1073,8 @@ class TestProcesses:
             store = DiskStore(sys.argv[1])
             store.put(f"{0:064x}", bytes(40_000))
             with store._write():
-                store._cache.execute("UPDATE Cache SET size = 7")
-                store._disk.store(memoryview(bytes(40_000)), False)
+                store._index.execute("UPDATE Cache SET size = 7")
+                store._index.values.write(memoryview(bytes(40_000)))
                 os.kill(os.getpid(), signal.SIGKILL)
         """
         assert run_python(code, tmp_path / "s").returncode == -signal.SIGKILL
@@ -1175,25 +1176,25 @@ class TestFullDisk:
 
     def test_index_that_may_not_grow(self, disk, root):
         """SQLite's own page limit reports what a full disk reports, without a disk to fill."""
-        disk._cache.execute("PRAGMA max_page_count = 1")
+        disk._index.execute("PRAGMA max_page_count = 1")
         for size in (30_000, IN_FILE):
             with pytest.raises(StoreFullError, match="free disk space"):
                 [disk.put(key(i), value(i, size)) for i in range(10, 400)]
         ((rows,),) = execute(root, "SELECT COUNT(*) FROM Cache WHERE filename IS NOT NULL")
         assert len(value_files(root)) == rows
-        disk._cache.execute("PRAGMA max_page_count = 1000000")
+        disk._index.execute("PRAGMA max_page_count = 1000000")
         disk.put(key(3), value(3, 30_000))
         assert bytes(disk.get(key(1))) == value(1)
 
     def test_read_only_index(self, disk, root):
-        disk._cache.execute("PRAGMA query_only = ON")
+        disk._index.execute("PRAGMA query_only = ON")
         for size in (SMALL, IN_FILE):
             with pytest.raises(StoreError, match="choose a directory that this user can write"):
                 disk.put(key(3), value(3, size))
         with pytest.raises(StoreError, match="choose a directory that this user can write"):
             disk.delete_many([key(1)])
         assert len(value_files(root)) == 1
-        disk._cache.execute("PRAGMA query_only = OFF")
+        disk._index.execute("PRAGMA query_only = OFF")
 
     @pytest.fixture
     def small_disk(self, tmp_path):

@@ -5,17 +5,19 @@ For tests, single runs, and as the fast tier before a slower store. It knows not
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.fingerprint import check_key
+from blockrag.stores.pins import Pins
 from blockrag.stores.protocol import StoreStats
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from blockrag.fingerprint import Fingerprint
     from blockrag.stores.report import StoreReport
 
@@ -74,7 +76,7 @@ class MemoryStore:
         self._copied = _pinned_copy if pinned else bytearray
         self._lock = Lock()
         self._blocks: OrderedDict[str, bytearray | memoryview] = OrderedDict()
-        self._pins: Counter[str] = Counter()
+        self._pins = Pins()
         self._fingerprints: dict[str, Fingerprint] = {}
         self._closed = False
         self._bytes = self._hits = self._misses = self._puts = self._evictions = 0
@@ -186,17 +188,9 @@ class MemoryStore:
                 evictions=self._evictions,
             )
 
-    @contextmanager
-    def pinned(self, keys: Iterable[str]) -> Iterator[None]:
+    def pinned(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """Until the context ends, no `put` evicts any of these blocks."""
-        mine = Counter(set(keys))
-        with self._lock:
-            self._pins += mine
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._pins -= mine
+        return self._pins.held(keys)
 
     def remember_fingerprint(self, fingerprint: Fingerprint) -> None:
         """Note that blocks of this fingerprint are written here."""
@@ -238,7 +232,7 @@ class MemoryStore:
         for other, block in self._blocks.items():
             if excess <= 0:
                 break
-            if other != key and not self._pins[other]:
+            if other != key and other not in self._pins:
                 victims.append(other)
                 excess -= len(block)
         if excess > 0:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Fault", "FaultKind", "StoreReport", "check_blocks", "merged"]
 
-FaultKind: TypeAlias = Literal["damaged", "missing", "stray", "foreign", "totals", "unreadable"]
+FaultKind: TypeAlias = Literal["damaged", "missing", "stray", "foreign", "totals", "exposed", "unreadable"]
 """damaged: bytes that are not the block of their key. missing: named, but not there. stray: belongs to nothing.
-foreign: something blockrag never writes. totals: counters that disagree with the contents. unreadable: an error of the
-medium or the network."""
+foreign: something blockrag never writes. totals: counters that disagree with the contents. exposed: others than the
+owner may read or write it. unreadable: an error of the medium or the network."""
 
 _KEYS_AT_ONCE = 1024
 

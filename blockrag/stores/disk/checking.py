@@ -1,0 +1,214 @@
+"""`verify` of the disk store: the blocks, and what only this store keeps: rows, files, totals, permissions."""
+
+from __future__ import annotations
+
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, cast
+
+from blockrag.stores.disk.directory import FINGERPRINTS, REBUILDING, SINGLE_FILES
+from blockrag.stores.disk.fingerprint_files import FingerprintFiles
+from blockrag.stores.disk.index import DBNAME, Discard, Index
+from blockrag.stores.disk.rows import COLUMNS, Row, is_value_name
+from blockrag.stores.disk.sweeping import strays
+from blockrag.stores.files import StoreFiles
+from blockrag.stores.report import Fault, StoreReport, check_blocks, merged
+
+if TYPE_CHECKING:
+    from blockrag.stores.protocol import BlockStore
+
+__all__ = ["GRACE_S", "Checked", "index_faults", "verify"]
+
+GRACE_S: Final = 3600.0
+"""A value file without a row may belong to a writer for this long."""
+
+_FOLDER: Final = re.compile(r"[0-9a-f]{2}")
+_FOREIGN: Final = "blockrag never writes it; keep it elsewhere if it is yours, delete it if it is not"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An open store, as its check needs it.
+
+    Args:
+        store: For its blocks.
+        root: Its directory.
+        index: Its rows and value files.
+        fingerprints: What wrote into it.
+        files: The calls that may fail.
+        write: Opens a write transaction.
+    """
+
+    store: BlockStore
+    root: str
+    index: Index
+    fingerprints: FingerprintFiles
+    files: StoreFiles
+    write: Callable[[], AbstractContextManager[Discard]]
+
+
+def verify(checked: Checked, *, fix: bool) -> StoreReport:
+    """Everything but the soundness of SQLite's own pages, which `index_faults` checks first.
+
+    Raises:
+        OSError: The directory cannot be read.
+        sqlite3.Error: The index cannot be read.
+        StoreError: The same, from the check of the blocks.
+    """
+    foreign = _foreign_rows(checked)
+    faults = [Fault("foreign", f"row {rowid}", message, fixed=fix) for rowid, message in foreign]
+    if fix and foreign:
+        # What such a row names may be another row's file; if it is nobody's, it is swept.
+        with checked.write() as discard:
+            checked.index.drop([(rowid, None) for rowid, _ in foreign], discard)
+    report = check_blocks(cast("BlockStore", _SoundBlocks(checked)), fix=fix)
+    faults += _strays(checked, fix=fix)
+    faults += _totals(checked, fix=fix)
+    faults += _fingerprints(checked, fix=fix)
+    faults += _foreign_files(checked)
+    faults += _exposed(checked, fix=fix)
+    return merged(report, faults)
+
+
+def index_faults(index: Index, *, fix: bool) -> list[Fault]:
+    """What SQLite finds wrong in its file; `fix` builds its look-up tables anew, which is all that can be done there.
+
+    Raises:
+        sqlite3.Error: It cannot be read at all.
+    """
+    found = _integrity(index)
+    if not found:
+        return []
+    if fix:
+        with index.write():
+            index.execute("REINDEX")
+    mended = fix and not _integrity(index)
+    return [Fault("damaged", DBNAME, message, fixed=mended) for message in found]
+
+
+def _integrity(index: Index) -> list[str]:
+    messages = [str(text) for (text,) in index.execute("PRAGMA integrity_check(10)")]
+    return [] if messages == ["ok"] else messages
+
+
+class _SoundBlocks:
+    """The store without the rows that it would refuse to read, each of which has its own line in the report."""
+
+    def __init__(self, checked: Checked) -> None:
+        self._index = checked.index
+        store = checked.store
+        self.url, self.get_many, self.delete_many = store.url, store.get_many, store.delete_many
+
+    def keys(self) -> Iterator[str]:
+        """The keys of the rows that are sound, and whose key no other row has."""
+        unsound: set[object] = set()
+        sound: list[str] = []
+        for rows in self._index.every(COLUMNS):
+            for _, *columns in rows:
+                row = Row(*columns)
+                if row.sound:
+                    sound.append(row.key)
+                else:
+                    unsound.add(row.key)
+        return (key for key in sound if key not in unsound)
+
+
+def _foreign_rows(checked: Checked) -> list[tuple[int, str]]:
+    """Id and fault of each row that the store would refuse, or that shares its file with another."""
+    found: list[tuple[int, str]] = []
+    owners: dict[str, int] = {}
+    for rows in checked.index.every(COLUMNS):
+        for rowid, *columns in rows:
+            row = Row(*columns)
+            if not row.sound:
+                found.append((rowid, f"blockrag never writes such a row: {row}"))
+            elif row.filename is not None and owners.setdefault(row.filename, rowid) != rowid:
+                found.append((rowid, f"names the file of row {owners[row.filename]}, {row.filename}"))
+    return found
+
+
+def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
+    before = time.time() - GRACE_S
+    for name in strays(checked.root, checked.index, checked.files, before=before, remove=fix):
+        yield Fault("stray", name, "no row names it; its writer was killed", fixed=fix)
+    for name in list(checked.fingerprints.unfinished(before)):
+        if fix:
+            checked.files.remove(f"{checked.root}/{name}")
+        yield Fault("stray", name, "its writer was killed", fixed=fix)
+
+
+def _totals(checked: Checked, *, fix: bool) -> list[Fault]:
+    with checked.write():
+        index = checked.index
+        wrong = [(name, index.total(name), index.counted(name)) for name in ("count", "size")]
+        wrong = [(name, kept, counted) for name, kept, counted in wrong if kept != counted]
+        if fix and wrong:
+            index.count_again()
+    return [
+        Fault("totals", DBNAME, f"keeps a {name} of {kept}, its rows make {counted}", fixed=fix)
+        for name, kept, counted in wrong
+    ]
+
+
+def _fingerprints(checked: Checked, *, fix: bool) -> Iterator[Fault]:
+    for name, message in list(checked.fingerprints.faults()):
+        if fix:
+            checked.files.remove(f"{checked.root}/{name}")
+        yield Fault("damaged", name, message, fixed=fix)
+
+
+def _foreign_files(checked: Checked) -> Iterator[Fault]:
+    for name in sorted(checked.files.names(checked.root)):
+        path = f"{checked.root}/{name}"
+        with suppress(FileNotFoundError):
+            mode = checked.files.status_of(path).st_mode
+            if name in SINGLE_FILES:
+                known = stat.S_ISREG(mode)
+            else:
+                known = stat.S_ISDIR(mode) and (name in (FINGERPRINTS, REBUILDING) or _is_folder(name))
+            if not known:
+                yield Fault("foreign", name, _FOREIGN)
+            elif _is_folder(name):
+                yield from _foreign_values(checked, name)
+    for name in checked.fingerprints.foreign():
+        yield Fault("foreign", name, _FOREIGN)
+
+
+def _foreign_values(checked: Checked, folder: str) -> Iterator[Fault]:
+    for entry in sorted(checked.files.names(f"{checked.root}/{folder}")):
+        name = f"{folder}/{entry}"
+        with suppress(FileNotFoundError):
+            regular = stat.S_ISREG(checked.files.status_of(f"{checked.root}/{name}").st_mode)
+            if not regular or not is_value_name(name):
+                yield Fault("foreign", name, _FOREIGN)
+
+
+def _exposed(checked: Checked, *, fix: bool) -> Iterator[Fault]:
+    for path, name in _everything(checked.root, checked.files):
+        with suppress(FileNotFoundError):
+            mode = checked.files.status_of(path).st_mode
+            # What is neither is foreign, and has its line already.
+            if mode & 0o077 and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                if fix:
+                    checked.files.permit(path, 0o700 if stat.S_ISDIR(mode) else 0o600)
+                message = f"others than its owner may use it (mode {stat.S_IMODE(mode):04o})"
+                yield Fault("exposed", name, message, fixed=fix)
+
+
+def _everything(root: str, files: StoreFiles) -> Iterator[tuple[str, str]]:
+    """Path and name within the store of all that is in it, to the depth that it has, the directory itself first."""
+    yield root, "."
+    for name in sorted(files.names(root)):
+        yield f"{root}/{name}", name
+        with suppress(NotADirectoryError, FileNotFoundError):
+            if stat.S_ISDIR(files.status_of(f"{root}/{name}").st_mode):
+                inner: Sequence[str] = sorted(files.names(f"{root}/{name}"))
+                yield from ((f"{root}/{name}/{entry}", f"{name}/{entry}") for entry in inner)
+
+
+def _is_folder(name: str) -> bool:
+    return _FOLDER.fullmatch(name) is not None

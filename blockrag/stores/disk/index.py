@@ -1,0 +1,254 @@
+"""The index: diskcache's SQLite tables and transactions, over connections and a schema that this module holds to.
+
+Settings and pragmas come from here, whatever the index brings along. An index that holds other tables or settings, or
+views, or triggers that do anything but keep the totals, is refused before diskcache looks at it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import diskcache
+from diskcache.core import DBNAME, DEFAULT_SETTINGS, METADATA
+
+from blockrag.errors import UnsafeStoreError
+from blockrag.stores.disk.rows import Row
+from blockrag.stores.disk.values import SafeDisk
+from blockrag.stores.files import StoreFiles
+
+__all__ = ["DBNAME", "Discard", "Index", "check_schema", "chunks", "marks"]
+
+Discard = Callable[["str | None"], None]
+"""Takes the name of a value file to remove once the transaction has committed; None is ignored."""
+
+_ROWS_PER_QUERY: Final = 64
+_SETTINGS: Final[dict[str, int | str]] = {
+    "statistics": 0,
+    "tag_index": 0,
+    "eviction_policy": "none",
+    "size_limit": 2**62,
+    "cull_limit": 0,
+    "sqlite_auto_vacuum": 1,
+    "sqlite_cache_size": 8192,
+    "sqlite_journal_mode": "wal",
+    "sqlite_mmap_size": 0,
+    "sqlite_synchronous": 1,
+    "disk_min_file_size": 32 * 1024,
+    "disk_pickle_protocol": 0,
+}
+_KNOWN_SETTINGS: Final = _SETTINGS.keys() | DEFAULT_SETTINGS.keys() | METADATA.keys()
+# Apply to the connection, cost nothing, and keep SQLite from trusting what an index brings along
+# (sqlite.org/security.html, "Untrusted SQLite Database Files").
+_PRAGMAS: Final = (
+    "trusted_schema = OFF",
+    "cell_size_check = ON",
+    "mmap_size = 0",
+    "synchronous = NORMAL",
+    "cache_size = 8192",
+)
+_SCHEMA: Final = {
+    "table": re.compile(r"Cache|Settings"),
+    "index": re.compile(r"Cache_key_raw|Cache_expire_time|Cache_use|sqlite_autoindex_\w+"),
+    "trigger": re.compile(r"Settings_(count|size)_(insert|update|delete)"),
+}
+# What a trigger may do: add to a total or subtract from it, for each row.
+_TRIGGER: Final = re.compile(
+    r"CREATE TRIGGER \w+ AFTER (INSERT|UPDATE|DELETE) ON Cache FOR EACH ROW BEGIN UPDATE Settings"
+    r" SET value = value( [+-] (1|NEW\.size|OLD\.size))+ WHERE key = \"(count|size)\"; END"
+)
+_UPSERT: Final = (
+    "INSERT INTO Cache(key, raw, store_time, access_time, access_count, size, mode, filename, value)"
+    " VALUES (?, 1, ?, ?, 0, ?, ?, ?, ?) ON CONFLICT(key, raw) DO UPDATE SET store_time = excluded.store_time,"
+    " expire_time = NULL, access_time = excluded.access_time, size = excluded.size, mode = excluded.mode,"
+    " filename = excluded.filename, value = excluded.value"
+)
+_TOTALS: Final = {"count": "COUNT(*)", "size": "COALESCE(SUM(size), 0)"}
+
+
+class _Lease:
+    """One thread's connection; closes it when the thread ends, where waiting for a collection would pile up handles."""
+
+    __slots__ = ("__weakref__", "connection")
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def __del__(self) -> None:
+        self.connection.close()
+
+
+class Index(diskcache.Cache):  # type: ignore[misc]
+    """The rows of one directory, and the transactions that change them.
+
+    diskcache opens one SQLite connection per thread and process. Its own `_con` runs pragmas that it reads from the
+    index, and leaves connections of other threads open when it is closed.
+
+    Args:
+        directory: Absolute; it exists.
+        files: The calls that may fail.
+
+    Raises:
+        sqlite3.Error: The index cannot be read or written.
+    """
+
+    def __init__(self, directory: str, files: StoreFiles) -> None:
+        self._files = files
+        self._pid = os.getpid()
+        self._inherited: list[_Lease] = []
+        self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
+        super().__init__(directory, timeout=files.patience_s, disk=SafeDisk, **_SETTINGS)
+        self.values.files = files
+
+    @property
+    def values(self) -> SafeDisk:
+        """The value files that the rows name."""
+        disk: SafeDisk = self._disk
+        return disk
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._pid != os.getpid():
+            # After a fork the parent's connections must be neither used nor closed (sqlite.org/howtocorrupt.html).
+            self._inherited = [*self._leases]
+            self._pid, self._local, self._leases = os.getpid(), threading.local(), weakref.WeakSet()
+        lease: _Lease | None = getattr(self._local, "lease", None)
+        if lease is None:
+            lease = self._local.lease = _Lease(_connect(self._directory, self._files))
+            self._leases.add(lease)
+        return lease.connection
+
+    @property
+    def _sql(self) -> Callable[..., sqlite3.Cursor]:
+        return functools.partial(self._files.execute, self._con)
+
+    def execute(self, statement: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Run one statement on this thread's connection."""
+        return self._files.execute(self._con, statement, parameters)
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Discard]:
+        """A write transaction of this thread; yields the function that takes files to remove once it has committed."""
+        try:
+            with self._transact() as (_, discard):
+                yield discard
+        except BaseException:
+            self._end_transaction()
+            raise
+
+    def rows(self, keys: Sequence[str]) -> dict[str, Row]:
+        """The rows of some keys, with their values where those are in the row.
+
+        Raises:
+            UnsafeStoreError: A row is one blockrag never writes.
+        """
+        query = f"SELECT key, raw, mode, size, filename, value FROM Cache WHERE key IN ({marks(keys)})"
+        return {row.key: row for row in (Row(*columns).checked() for columns in self.execute(query, keys))}
+
+    def every(self, columns: str) -> Iterator[list[tuple[Any, ...]]]:
+        """Some columns of all rows, the row's id first, some rows at a time, so that rows may be changed in between."""
+        query = f"SELECT rowid, {columns} FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT ?"
+        last = -(2**63)
+        while rows := self.execute(query, (last, _ROWS_PER_QUERY)).fetchall():
+            yield rows
+            last = rows[-1][0]
+
+    def put(self, row: Row, value: memoryview | None, when: float) -> None:
+        """Insert a row, or replace the one of its key; `value` is what is kept in the row."""
+        self.execute(_UPSERT, (row.key, when, when, row.size, row.mode, row.filename, value))
+
+    def drop(self, rows: Iterable[tuple[int, str | None]], discard: Discard) -> None:
+        """Delete rows by id, and have their files removed."""
+        for rowid, filename in rows:
+            self.execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+            discard(filename)
+
+    def total(self, name: str) -> int:
+        """The `count` of blocks, or the `size` of all in bytes, as the index keeps them."""
+        ((value,),) = self.execute("SELECT value FROM Settings WHERE key = ?", (name,)).fetchall()
+        return int(value)
+
+    def counted(self, name: str) -> int:
+        """The same, counted row by row."""
+        ((value,),) = self.execute(f"SELECT {_TOTALS[name]} FROM Cache").fetchall()
+        return int(value)
+
+    def count_again(self) -> None:
+        """Set both totals to what is counted."""
+        for name in _TOTALS:
+            self.execute("UPDATE Settings SET value = ? WHERE key = ?", (self.counted(name), name))
+
+    def named(self, filenames: Sequence[str]) -> set[str]:
+        """Those of some value files that a row names."""
+        query = f"SELECT filename FROM Cache WHERE filename IN ({marks(filenames)})"
+        return {name for (name,) in self.execute(query, filenames)}
+
+    def close(self) -> None:
+        """Close this process's connections, those of other threads too."""
+        if self._pid == os.getpid():
+            for lease in list(self._leases):
+                lease.connection.close()
+            self._leases.clear()
+            self._local.lease = None
+
+    def _end_transaction(self) -> None:
+        """Leave no transaction open: a failed COMMIT does, and the next one could not begin."""
+        lease: _Lease | None = getattr(self._local, "lease", None)
+        try:
+            if lease is not None and lease.connection.in_transaction:
+                lease.connection.rollback()
+        except sqlite3.Error:
+            # Nor does closing it commit anything; the thread gets another connection.
+            self._local.lease = None
+
+
+def check_schema(directory: str, files: StoreFiles) -> None:
+    """Refuse an index with views, foreign tables, triggers or settings.
+
+    Raises:
+        UnsafeStoreError: It holds one of them.
+        sqlite3.Error: It cannot be read.
+    """
+    with contextlib.closing(_connect(directory, files)) as connection:
+        schema = files.execute(connection, "SELECT type, name, sql FROM sqlite_master").fetchall()
+        for kind, name, sql in schema:
+            known = kind in _SCHEMA and _SCHEMA[kind].fullmatch(name) is not None
+            if not known or (kind == "trigger" and not _TRIGGER.fullmatch(" ".join(sql.split()))):
+                raise UnsafeStoreError(f"{directory} holds a foreign {kind} {name!r:.80}; do not trust it, delete it")
+        if any(name == "Settings" for _, name, _ in schema):
+            names = {name for (name,) in files.execute(connection, "SELECT key FROM Settings")}
+            if names - _KNOWN_SETTINGS:
+                unknown = sorted(map(repr, names - _KNOWN_SETTINGS))[0]
+                raise UnsafeStoreError(f"{directory} holds a foreign setting {unknown:.80}; do not trust it, delete it")
+
+
+def marks(values: Sequence[object]) -> str:
+    """Placeholders for the values of an IN (...)."""
+    return ",".join("?" * len(values))
+
+
+def chunks(values: Iterable[str]) -> Iterator[list[str]]:
+    """The values in portions of what one query takes."""
+    iterator = iter(values)
+    while chunk := list(islice(iterator, _ROWS_PER_QUERY)):
+        yield chunk
+
+
+def _connect(directory: str, files: StoreFiles) -> sqlite3.Connection:
+    connection = files.connect(str(Path(directory) / DBNAME))
+    try:
+        for pragma in _PRAGMAS:
+            files.execute(connection, f"PRAGMA {pragma}").close()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
