@@ -40,13 +40,16 @@ from blockrag.kv import BlockKV, KVLayout, LayerShape, explain_unfit
 from blockrag.quantize import QuantizedKV, QuantizedPrecision, StoredKV, payload_map, quantize_into
 
 __all__ = [
+    "LABEL_BYTES",
     "BlockHeader",
+    "BlockLabel",
     "Precision",
     "decode",
     "encode",
     "encoded_nbytes",
     "payload_nbytes",
     "read_header",
+    "read_label",
     "view_encoded",
 ]
 
@@ -56,6 +59,8 @@ Precision: TypeAlias = Literal[_FloatPrecision, QuantizedPrecision]
 
 _MAGIC: Final = b"\x93BLKKV\r\n"
 _HEAD: Final = struct.Struct("<8sHHI16s32s16sIIQ")
+LABEL_BYTES: Final = _HEAD.size
+"""The first bytes of an encoded block, which `read_label` needs."""
 _CHECKSUM: Final = slice(16, 32)
 _ALIGNMENT: Final = 64
 _QUANTIZED_ALIGNMENT: Final = 4
@@ -91,6 +96,20 @@ class BlockHeader:
     fingerprint: str
     payload_offset: int
     payload_bytes: int
+
+
+class BlockLabel(NamedTuple):
+    """What the first `LABEL_BYTES` of an encoded block claim, unverified.
+
+    Args:
+        key: 64 hex digits.
+        fingerprint: 32 hex digits.
+        checksum: 32 hex digits.
+    """
+
+    key: str
+    fingerprint: str
+    checksum: str
 
 
 class _Fields(NamedTuple):
@@ -242,6 +261,29 @@ def read_header(data: memoryview | bytes | bytearray) -> BlockHeader:
     )
 
 
+def read_label(head: memoryview | bytes | bytearray) -> BlockLabel:
+    """What the first bytes of an encoded block claim, for lists of stores too large to be read.
+
+    Raises:
+        DamagedBlockError: They are fewer than `LABEL_BYTES`, or not the beginning of a block of a known version.
+        InputError: `head` is no contiguous buffer.
+    """
+    view = _as_bytes(head)
+    if len(view) < _HEAD.size:
+        raise DamagedBlockError(f"{len(view)} bytes are too few for a block's header ({_HEAD.size})", reason="length")
+    magic, version, _, _, checksum, key, fingerprint, *_ = _HEAD.unpack_from(view)
+    _check_version(magic, version)
+    return BlockLabel(key.hex(), fingerprint.hex(), checksum.hex())
+
+
+def _check_version(magic: bytes, version: int) -> None:
+    if magic != _MAGIC:
+        raise DamagedBlockError(f"the bytes start with {magic.hex(' ')}: not an encoded block", reason="magic")
+    if version != FORMAT_VERSION:
+        message = f"the block has format version {version}, this release reads {FORMAT_VERSION}"
+        raise DamagedBlockError(message, reason="version")
+
+
 def _parse(view: memoryview, *, verify: bool = True) -> _Fields:
     """Check everything the bytes can be held to on their own: lengths, magic, version, checksum, arithmetic.
 
@@ -251,11 +293,7 @@ def _parse(view: memoryview, *, verify: bool = True) -> _Fields:
         raise DamagedBlockError(f"{len(view)} bytes are too few for a block's header ({_HEAD.size})", reason="length")
     fields = _HEAD.unpack_from(view)
     magic, version, code, offset, _, key, fingerprint, num_tokens, num_layers, payload_bytes = fields
-    if magic != _MAGIC:
-        raise DamagedBlockError(f"the bytes start with {magic.hex(' ')}: not an encoded block", reason="magic")
-    if version != FORMAT_VERSION:
-        message = f"the block has format version {version}, this release reads {FORMAT_VERSION}"
-        raise DamagedBlockError(message, reason="version")
+    _check_version(magic, version)
     if offset != _payload_offset(num_layers) or offset + payload_bytes != len(view):
         message = f"the header promises {offset} + {payload_bytes} bytes for {num_layers} layers, got {len(view)}"
         raise DamagedBlockError(message, reason="length")

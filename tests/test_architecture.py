@@ -21,7 +21,7 @@ LAYERS = [
     {"kv", "quantize", "codec", "fingerprint", "prompt", "kernels"},
     {"model", "compose", "stores", "encoders", "demo"},
     {"index", "ingest"},
-    {"rag", "finetune", "evaluation"},
+    {"rag", "finetune", "evaluation", "planning"},
     {"server"},
     {"cli", "__main__"},
 ]
@@ -29,6 +29,8 @@ LAYERS = [
 DOORS = {
     "faiss": {"index"},
     "diskcache": {"stores"},
+    "obstore": {"stores"},
+    "redis": {"stores"},
     "sentence_transformers": {"encoders"},
     "llama_index": {"ingest"},
     "accelerate": {"finetune"},

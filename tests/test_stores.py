@@ -405,17 +405,17 @@ class TestUrls:
 
     @pytest.mark.parametrize(
         "url",
-        ["", "memory", "memory:/", "redis://host", "DISK:///x", "disk:///x?max_byte=1", "disk:///x?a", "disk://",
+        ["", "memory", "memory:/", "ftp://host", "DISK:///x", "disk:///x?max_byte=1", "disk:///x?a", "disk://",
          "disk://?max_bytes=1", "memory://path", "memory://?max_bytes=1&max_bytes=2", "memory://?max_bytes=",
-         "memory://?max_bytes=lots", "file:///x"],
+         "memory://?max_bytes=lots", "memory://?deadline=1"],
     )  # fmt: skip
     def test_what_cannot_be_opened_is_refused_with_what_can(self, url):
         with pytest.raises(InputError, match=r"memory://|disk://|max_bytes|KB, MB"):
             open_store(url)
 
     def test_unknown_names_are_attribute_errors(self):
-        with pytest.raises(AttributeError, match="RedisStore"):
-            _ = stores.RedisStore
+        with pytest.raises(AttributeError, match="FloppyStore"):
+            _ = stores.FloppyStore
 
     def test_memory_needs_no_diskcache(self):
         code = "import sys, blockrag.stores as s; s.open_store('memory://'); sys.exit('diskcache' in sys.modules)"
