@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import resource
 import signal
 import sqlite3
@@ -31,6 +32,8 @@ from hypothesis import strategies as st
 from blockrag.encoders import CorpusCounts, GivenVectors, LexicalEncoder
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index import Change, DocumentInfo, DocumentUpdate, IndexOrigin, PassageIndex
+from blockrag.index.vector_file import write_vector_file
+from blockrag.index.vectors import VectorIndex
 from blockrag.passage import Passage
 
 KINDS = ["flat", "hnsw", "ivf"]
@@ -581,6 +584,14 @@ def test_soft_deleted_rows_stay_deleted_after_reopening(tmp_path, caplog):
     assert caplog.records == []
 
 
+def rewrite(file, *, header=None, change=lambda payload: payload):
+    """Write a vector file again with another header or other content, and a checksum that is true."""
+    data = file.read_bytes()
+    old = {name: value for name, value in json.loads(data[:512]).items() if name not in ("magic", "bytes", "checksum")}
+    payload = np.frombuffer(change(data[512:]), np.uint8)
+    write_vector_file(file, old | (header or {}), [payload])
+
+
 def damage(directory, how):
     """Damage the vector file; returns what the log must say."""
     file = directory / "vectors.faiss"
@@ -589,24 +600,29 @@ def damage(directory, how):
     if how == "missing":
         file.unlink()
         return "there is none"
+    if how == "true checksum, other stamp":
+        rewrite(file, header={"stamp": "9:x"})
+        return "stamp is '9:x'"
+    if how == "true checksum, foreign content":
+        rewrite(file, change=lambda payload: b"not an index")
+        return "header says"
+    if how == "true checksum, other counts":
+        rewrite(file, header={"entries": 7})
+        return "its "
+    if how == "true checksum, other type":
+        rewrite(file, header={"trained_on": 1100 - header["trained_on"], "lists": 1})
+        return "its rows are not" if header["kind"] == "ivf" else "inverted lists, which"
     if how == "stamp":
         data[:512] = json.dumps(header | {"stamp": "9:x"}).encode().ljust(512)
-    elif how == "true checksum, foreign content":
-        import xxhash
-
-        payload = b"not an index"
-        header |= {"bytes": len(payload), "checksum": xxhash.xxh3_128_hexdigest(payload)}
-        data = bytearray(json.dumps(header).encode().ljust(512) + payload)
-    elif how == "true checksum, other counts":
-        data[:512] = json.dumps(header | {"entries": 7}).encode().ljust(512)
-    elif how == "true checksum, other type":
-        data[:512] = json.dumps(header | {"trained_on": 1100 - header["trained_on"]}).encode().ljust(512)
+    elif how == "header":
+        data[:512] = json.dumps(header | {"trained_on": 0, "lists": 1}).encode().ljust(512)
     else:
         data = {
             "empty": bytearray(),
             "garbage": bytearray(b"\xff" * 5000),
             "header is a list": bytearray(b"[]".ljust(600)),
             "header nests": bytearray(b"[" * 600),
+            "header is spelled otherwise": data[:512].replace(b'", "', b'","', 1).ljust(512) + data[512:],
             "truncated": data[:-1],
             "longer": data + b"x",
             "bit flip": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
@@ -614,12 +630,10 @@ def damage(directory, how):
     file.write_bytes(data)
     return {
         "stamp": "stamp is",
+        "header": "checksum" if header["kind"] == "flat" else "",
         "truncated": "bytes long",
         "longer": "bytes long",
         "bit flip": "checksum",
-        "true checksum, foreign content": "FAISS cannot read it",
-        "true checksum, other counts": "it holds 1100 vectors",
-        "true checksum, other type": "it is a Index",
     }.get(how, "header is damaged")
 
 
@@ -627,12 +641,15 @@ DAMAGES = [
     "missing",
     "empty",
     "garbage",
+    "header",
     "header is a list",
     "header nests",
+    "header is spelled otherwise",
     "truncated",
     "longer",
     "bit flip",
     "stamp",
+    "true checksum, other stamp",
     "true checksum, foreign content",
     "true checksum, other counts",
     "true checksum, other type",
@@ -642,7 +659,7 @@ DAMAGES = [
 @pytest.mark.parametrize(
     ("how", "kind"),
     [(how, "flat") for how in DAMAGES]
-    + [(how, kind) for kind in ("hnsw", "ivf") for how in ("bit flip", "stamp", "true checksum, other type")],
+    + [(how, kind) for kind in ("hnsw", "ivf") for how in DAMAGES if "stamp" in how or "flip" in how or "true" in how],
 )
 def test_a_damaged_vector_file_is_rebuilt_and_the_log_says_why(how, kind, tmp_path, caplog):
     filled(tmp_path, kind)
@@ -651,7 +668,7 @@ def test_a_damaged_vector_file_is_rebuilt_and_the_log_says_why(how, kind, tmp_pa
     with caplog.at_level(logging.INFO, logger="blockrag"), PassageIndex(HashEncoder(), tmp_path, kind=kind) as index:
         assert reason in caplog.text
         # Only damage is worth a warning.
-        ordinary = how in ("missing", "stamp")
+        ordinary = how == "missing" or "stamp" in how
         assert {record.levelname for record in caplog.records} == {"INFO" if ordinary else "WARNING"}
         best = brute_force("q", many(1100), 1)
         assert index.search("q", 1)[0].score == best[0][1]
@@ -661,22 +678,104 @@ def test_a_damaged_vector_file_is_rebuilt_and_the_log_says_why(how, kind, tmp_pa
     assert caplog.records == []
 
 
-def test_a_vector_file_of_other_rows_is_refused(tmp_path, caplog):
-    import faiss
+def numbers(payload, dtype, start, count):
+    """Numbers within a payload, to be changed in place, and the payload's new bytes."""
+    data = bytearray(payload)
+    return np.frombuffer(data, dtype, count=count, offset=start), data
 
-    filled(tmp_path, count=100)
-    file = tmp_path / "vectors.faiss"
-    header = json.loads(file.read_bytes()[:512])
-    other = faiss.IndexIDMap2(faiss.IndexFlatIP(DIMENSION))
-    other.add_with_ids(np.zeros((100, DIMENSION), np.float32), np.arange(500, 600))
-    payload = faiss.serialize_index(other).tobytes()
-    import xxhash
 
-    header |= {"bytes": len(payload), "checksum": xxhash.xxh3_128_hexdigest(payload)}
-    file.write_bytes(json.dumps(header).encode().ljust(512) + payload)
-    with PassageIndex(HashEncoder(), tmp_path) as index:
-        assert found(index.search("q", 3)) == brute_force("q", many(100), 3)
-    assert "not those of the database" in caplog.text
+def changed(dtype, start, count, change):
+    def apply(payload):
+        array, data = numbers(payload, dtype, start, count)
+        change(array)
+        return bytes(data)
+
+    return apply
+
+
+def set_at(place, value):
+    return lambda array: array.__setitem__(place, value)
+
+
+def link_above(levels_at):
+    """Have a node with two layers lead, on the upper one, to a node that has one."""
+
+    def apply(payload):
+        levels, data = numbers(payload, "<i4", levels_at, 1100)
+        begins = np.concatenate([[0], np.cumsum(np.where(levels > 0, 64 + 32 * (levels - 1), 0))])
+        node, low = int(np.flatnonzero(levels > 1)[0]), int(np.flatnonzero(levels == 1)[0])
+        neighbours = np.frombuffer(data, "<i4", offset=levels_at + 4 * 1100, count=int(begins[-1]))
+        neighbours[begins[node] + 64] = low
+        return bytes(data)
+
+    return apply
+
+
+# What follows the rows (8 bytes for each of 1100) in a graph's file: levels, neighbours. In a file of lists: 28 sizes,
+# centroids, rows.
+HOSTILE = [
+    ("flat", {}, changed("<i8", 0, 1100, set_at(5, 5)), "not in order"),
+    ("flat", {}, changed("<i8", 0, 1100, set_at(1099, 2**62)), "not those of the database"),
+    ("flat", {"entries": 2**62}, bytes, "header says entries 4611686018427387904"),
+    ("flat", {"entries": -1}, bytes, "header says entries -1"),
+    ("flat", {"entries": True}, bytes, "header says entries True"),
+    ("flat", {"entries": "9"}, bytes, "header says entries '9'"),
+    ("flat", {}, lambda payload: payload + b"x", "1 bytes in it belong to nothing"),
+    ("hnsw", {}, changed("<i4", 8800, 1100, set_at(3, 0)), "levels from 0"),
+    ("hnsw", {}, changed("<i4", 8800, 1100, set_at(3, 2**31 - 1)), "to 2147483647"),
+    ("hnsw", {}, changed("<i4", 8800, 1100, set_at(slice(None), 6)), "bytes left"),
+    ("hnsw", {}, changed("<i4", 13200, 64, set_at(3, 1100)), "neighbours beyond"),
+    ("hnsw", {}, changed("<i4", 13200, 64, set_at(3, -2)), "neighbours beyond"),
+    ("hnsw", {}, link_above(8800), "leads to a layer"),
+    ("hnsw", {"entry_point": 1100}, bytes, "begins at 1100"),
+    ("hnsw", {"entry_point": -1}, bytes, "begins at -1"),
+    ("hnsw", {"entry_point": None}, bytes, "begins at None"),
+    ("ivf", {}, changed("<i8", 0, 28, set_at(3, -1)), "lists do not hold"),
+    ("ivf", {}, changed("<i8", 0, 28, set_at(3, 2**62)), "lists do not hold"),
+    ("ivf", {"lists": 0}, bytes, "lists do not hold"),
+    ("ivf", {"lists": 2**40}, bytes, "header says lists"),
+    ("ivf", {}, changed("<i8", 8 * 28 + 4 * 28 * DIMENSION, 1100, set_at(slice(2), 7)), "a row twice"),
+]
+
+
+@pytest.mark.parametrize(("kind", "header", "change", "message"), HOSTILE)
+def test_a_vector_file_with_a_true_checksum_is_not_trusted_either(kind, header, change, message, tmp_path, caplog):
+    filled(tmp_path, kind)
+    assert kind != "ivf" or json.loads((tmp_path / "vectors.faiss").read_bytes()[:512])["lists"] == 28
+    caplog.clear()
+    rewrite(tmp_path / "vectors.faiss", header=header, change=change)
+    with PassageIndex(HashEncoder(), tmp_path, kind=kind) as index:
+        assert message in caplog.text
+        assert index.search("q", 1)[0].score == brute_force("q", many(1100), 1)[0][1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_is_what_was_saved(kind, tmp_path):
+    rng = np.random.default_rng(1)
+    vectors = rng.standard_normal((2000, DIMENSION)).astype(np.float32)
+    rows = np.arange(10, 2010)
+    index = VectorIndex(kind, DIMENSION, [(rows, vectors)])
+    index.remove(rows[::5])
+    index.save(tmp_path / "file", "1:x")
+    loaded = VectorIndex.load(tmp_path / "file", kind, DIMENSION, stamp="1:x", rows=index.rows)
+    queries = rng.standard_normal((20, DIMENSION)).astype(np.float32)
+    for one in (index, loaded):
+        one.add(np.arange(3000, 3100), vectors[:100] + 1)
+    for expected, found_again in zip(index.search(queries, 30), loaded.search(queries, 30), strict=True):
+        np.testing.assert_array_equal(expected, found_again)
+    held = {row: vector for some, rest in loaded.vectors() for row, vector in zip(some.tolist(), rest, strict=True)}
+    assert held.keys() >= set(loaded.rows.tolist())
+    np.testing.assert_array_equal(held[11], vectors[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_vector_file(kind, tmp_path):
+    VectorIndex(kind, DIMENSION).save(tmp_path / "file", "0:new")
+    loaded = VectorIndex.load(tmp_path / "file", kind, DIMENSION, stamp="0:new", rows=np.zeros(0, dtype=np.int64))
+    assert len(loaded.rows) == 0
+    assert list(loaded.vectors()) == []
+    loaded.add(np.array([1]), np.ones((1, DIMENSION), np.float32))
+    assert loaded.search(np.ones((1, DIMENSION), np.float32), 1)[1].tolist() == [[1]]
 
 
 def test_a_directory_as_vector_file_does_not_stop_closing(tmp_path, caplog):
@@ -773,34 +872,112 @@ def execute(directory, *statements):
         connection.commit()
 
 
+ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x AS name, x AS value FROM n"
+
+
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("CREATE TRIGGER t AFTER INSERT ON term BEGIN DELETE FROM passage; END", "holds trigger t"),
-        ("CREATE VIEW v AS SELECT 1", "holds view v"),
-        ("DROP TABLE term", "lacks table term"),
-        ("UPDATE meta SET value = '99' WHERE name = 'schema'", "format 99"),
-        ("DELETE FROM meta WHERE name = 'encoder'", "lacks 'encoder'"),
-        ("UPDATE embedding SET vector = x'00' WHERE row = 3", "embedding of row 3"),
-        ("UPDATE embedding SET vector = 'text' WHERE row = 3", "embedding of row 3"),
+        (["CREATE TRIGGER t AFTER INSERT ON term BEGIN DELETE FROM passage; END"], "holds trigger t"),
+        (["CREATE VIEW v AS SELECT 1"], "holds view v"),
+        (["DROP TABLE meta", f"CREATE VIEW meta AS {ENDLESS}"], "holds view meta"),
+        (["CREATE VIRTUAL TABLE v USING fts5(x)"], "holds table v"),
+        (["CREATE INDEX i ON term (upper(term))"], "holds index i"),
+        (["DROP INDEX fact_row", "CREATE INDEX fact_row ON fact (abs(row))"], "holds another index fact_row"),
+        (["ALTER TABLE term ADD COLUMN twice INTEGER AS (2 * passages)"], "holds another table term"),
+        (["DROP TABLE term"], "lacks table term"),
+        (["UPDATE meta SET value = '99' WHERE name = 'schema'"], "format 99"),
+        (["DELETE FROM meta WHERE name = 'schema'"], "lacks 'schema'"),
+        (["UPDATE meta SET value = x'00' WHERE name = 'schema'"], "a row holds"),
+        (["UPDATE embedding SET vector = x'00' WHERE row = 3"], "embedding of row 3 is not"),
+        (["UPDATE embedding SET vector = 'text' WHERE row = 3"], "embedding of row 3 is not"),
+        (["UPDATE embedding SET vector = zeroblob(300000000) WHERE row = 3"], "embedding of row 3 is not"),
+        ([f"UPDATE embedding SET vector = x'{'0000c07f' * DIMENSION}' WHERE row = 3"], "row 3 is not finite"),
+        (["UPDATE embedding SET row = -1 WHERE row = 3"], "not in order"),
     ],
 )
 def test_a_foreign_or_tampered_database_is_refused(sql, message, tmp_path):
     filled(tmp_path, count=5)
-    execute(tmp_path, sql)
+    execute(tmp_path, *sql)
     (tmp_path / "vectors.faiss").unlink()
     with pytest.raises(PassageIndexError, match=message):
         PassageIndex(HashEncoder(), tmp_path)
 
 
-def test_metadata_that_is_not_json_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("sql", "call", "message"),
+    [
+        ("UPDATE passage SET metadata = '{' WHERE id = 'd-3'", lambda index: index.get("d-3"), "metadata of passage"),
+        ("UPDATE passage SET metadata = '[]' WHERE id = 'd-3'", lambda index: index.get("d-3"), "metadata of passage"),
+        (
+            f"UPDATE passage SET metadata = '{'[' * 200_000}' WHERE id = 'd-3'",
+            lambda index: index.search("q"),
+            "metadata of passage",
+        ),
+        ("UPDATE passage SET text = x'ff' WHERE id = 'd-3'", lambda index: list(index.passages()), "a row holds"),
+        (
+            "UPDATE passage SET text = CAST(x'ff' AS TEXT) WHERE id = 'd-3'",
+            lambda index: index.search("q"),
+            "not UTF-8",
+        ),
+        ("UPDATE passage SET id = '' WHERE id = 'd-3'", lambda index: index.search("q"), "needs a non-empty id"),
+        ("UPDATE passage SET ordinal = 'x'", lambda index: index.delete_document("d"), "a row holds"),
+        ("UPDATE meta SET value = 'x' WHERE name = 'stamp'", lambda index: index.delete_document("d"), "its stamp is"),
+        ("INSERT INTO block VALUES (1, '', 0, x'00')", lambda index: index.block_keys(), "a row holds"),
+        ("INSERT INTO term VALUES ('capital', -3)", lambda index: index._database.term_counts(["capital"]), "-3 pass"),
+        ("INSERT INTO term VALUES ('capital', 1e9)", lambda index: index._database.term_counts(["capital"]), None),
+        ("INSERT INTO term VALUES ('capital', 0.5)", lambda index: index._database.term_counts(["capital"]), "a row"),
+    ],
+)
+def test_values_that_were_never_written_are_damage_not_a_crash(sql, call, message, tmp_path):
     filled(tmp_path, count=5)
-    execute(tmp_path, "UPDATE passage SET metadata = '{' WHERE id = 'd-3'")
-    with (
-        PassageIndex(HashEncoder(), tmp_path) as index,
-        pytest.raises(PassageIndexError, match="metadata of passage 'd-3'"),
-    ):
-        index.get("d-3")
+    execute(tmp_path, sql)
+    with PassageIndex(HashEncoder(), tmp_path) as index:
+        if message is None:
+            call(index)
+            return
+        with pytest.raises(PassageIndexError, match=message) as caught:
+            call(index)
+        assert len(str(caught.value)) < 1000
+
+
+def test_peeking_runs_nothing_that_a_database_brings(tmp_path):
+    filled(tmp_path, count=5)
+    execute(tmp_path, "DROP TABLE meta", f"CREATE VIEW meta AS {ENDLESS}")
+    with pytest.raises(PassageIndexError, match="holds view meta"):
+        PassageIndex.peek(tmp_path)
+
+
+def test_the_files_are_their_owners_alone(tmp_path):
+    directory = tmp_path / "new"
+    with PassageIndex(HashEncoder(), directory) as index:
+        index.add([make(1)])
+        index.save()
+        index.copy_to(tmp_path / "copy")
+        files = [*directory.iterdir(), *(tmp_path / "copy").iterdir()]
+        assert {file.name for file in files} >= {"passages.sqlite3", "passages.sqlite3-wal", "vectors.faiss"}
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+        assert directory.stat().st_mode & 0o777 == 0o700
+    (directory / "passages.sqlite3").chmod(0o644)
+    PassageIndex(HashEncoder(), directory).close()
+    assert (directory / "passages.sqlite3").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["passages.sqlite3", "passages.sqlite3-wal"])
+def test_links_and_pipes_are_not_followed(name, tmp_path):
+    directory = tmp_path / "index"
+    filled(directory, count=5)
+    victim = tmp_path / "victim"
+    victim.write_bytes((directory / "passages.sqlite3").read_bytes())
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(victim)
+    for call in (lambda: PassageIndex(HashEncoder(), directory), lambda: PassageIndex.peek(directory)):
+        with pytest.raises(PassageIndexError, match=rf"{name} is no regular file"):
+            call()
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(PassageIndexError, match=rf"{name} is no regular file"):
+        PassageIndex(HashEncoder(), directory)
 
 
 def test_places_where_no_index_can_be(tmp_path):
@@ -809,7 +986,7 @@ def test_places_where_no_index_can_be(tmp_path):
         with pytest.raises(PassageIndexError, match="cannot make the index directory"):
             PassageIndex(HashEncoder(), path)
     (tmp_path / "odd" / "passages.sqlite3").mkdir(parents=True)
-    with pytest.raises(PassageIndexError, match="cannot be read"):
+    with pytest.raises(PassageIndexError, match=r"cannot be opened .*no regular file"):
         PassageIndex(HashEncoder(), tmp_path / "odd")
 
 
@@ -838,9 +1015,9 @@ def test_stats_count_the_files(tmp_path):
 
 
 def test_a_database_held_by_another_process_is_an_error_not_a_hang(tmp_path, monkeypatch):
-    from blockrag.index import database
+    from blockrag.index import schema
 
-    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(schema, "BUSY_SECONDS", 0.01)
     with (
         PassageIndex(HashEncoder(), tmp_path) as index,
         closing(sqlite3.connect(tmp_path / "passages.sqlite3")) as other,
@@ -908,8 +1085,6 @@ def test_a_document_changed_by_others_while_it_is_embedded(tmp_path):
 
 
 def test_vectors_left_halfway_are_built_anew(tmp_path, caplog, monkeypatch):
-    from blockrag.index.vectors import VectorIndex
-
     with PassageIndex(HashEncoder(), tmp_path) as index:
         index.add([make(1)])
 

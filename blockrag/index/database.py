@@ -6,8 +6,8 @@ AUTOINCREMENT and never used twice, and a row's embedding never changes; so two 
 hold, and whoever follows the database (the FAISS side, here or in another process) catches up by comparing row
 numbers. Nothing here knows encoders or FAISS.
 
-Security: the schema must be exactly the one below (no triggers, no views), `trusted_schema` is off, every value is
-bound, nothing is pickled.
+Security: a file is data from outside. Its schema must be exactly the one of `schema`, every value is bound, nothing is
+pickled, and what is read has the types and the order that were written, or the file is damaged.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 from blockrag.encoders.protocol import Vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index.records import DocumentInfo
+from blockrag.index.schema import SCHEMA_VERSION, TABLES, connect, schema_problem
 from blockrag.index.vectors import Rows
 from blockrag.passage import Passage
 
@@ -37,35 +38,12 @@ SUPERSEDED = "superseded"
 """The fingerprint under which a document's mark lies among its content hashes: no fingerprint is this word, and
 directories written before there were marks stay readable."""
 
-_SCHEMA_VERSION = "1"
-_TABLES = {
-    "meta": "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    "document": "CREATE TABLE document (id TEXT PRIMARY KEY) WITHOUT ROWID",
-    "document_hash": """CREATE TABLE document_hash (
-        document_id TEXT NOT NULL REFERENCES document (id) ON DELETE CASCADE,
-        fingerprint TEXT NOT NULL, content_hash TEXT NOT NULL, PRIMARY KEY (document_id, fingerprint)) WITHOUT ROWID""",
-    "passage": """CREATE TABLE passage (
-        row INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-        document_id TEXT NOT NULL REFERENCES document (id) ON DELETE CASCADE,
-        ordinal INTEGER NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL, metadata TEXT NOT NULL)""",
-    "passage_document": "CREATE INDEX passage_document ON passage (document_id, ordinal)",
-    # Vectors lie apart, so that reading row numbers or texts does not walk over them.
-    "embedding": """CREATE TABLE embedding (
-        row INTEGER PRIMARY KEY REFERENCES passage (row) ON DELETE CASCADE, vector BLOB NOT NULL)""",
-    "fact": """CREATE TABLE fact (
-        digest BLOB NOT NULL, row INTEGER NOT NULL REFERENCES passage (row) ON DELETE CASCADE,
-        PRIMARY KEY (digest, row)) WITHOUT ROWID""",
-    "fact_row": "CREATE INDEX fact_row ON fact (row)",
-    "block": """CREATE TABLE block (
-        row INTEGER NOT NULL REFERENCES passage (row) ON DELETE CASCADE, fingerprint TEXT NOT NULL,
-        position INTEGER NOT NULL, key TEXT NOT NULL, PRIMARY KEY (row, fingerprint, position)) WITHOUT ROWID""",
-    "block_key": "CREATE INDEX block_key ON block (key)",
-    "term": "CREATE TABLE term (term TEXT PRIMARY KEY, passages INTEGER NOT NULL) WITHOUT ROWID",
-}
-_BUSY_SECONDS = 60.0
 # SQLite before 3.32 binds at most 999 values.
 _VALUES_AT_ONCE = 900
 _PAGE_ROWS = 512
+_ROWS_AT_ONCE = 1 << 16
+# A passage's id, texts, document and metadata.
+_TEXTS = (str, str, str, str, str)
 _CANONICAL: dict[str, Any] = {"sort_keys": True, "separators": (",", ":")}
 
 
@@ -91,9 +69,11 @@ def peek(path: Path) -> tuple[str, int] | None:
     try:
         if not path.exists() or not path.stat().st_size:
             return None
-        with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as connection:
-            connection.execute("PRAGMA trusted_schema = OFF")
-            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        with closing(connect(path)) as connection:
+            problem = schema_problem(connection)
+            if problem:
+                raise ValueError(f"it {problem}")
+            if problem is not None:
                 return None  # another process is about to create it
             facts = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('encoder', 'dimension')"))
         dimension = int(facts["dimension"])
@@ -130,16 +110,12 @@ class PassageDatabase:
         self._path = path
         self._dimension = dimension
         self._lock = threading.RLock()
-        if path is not None:
-            self._refuse_truncated(path)
         self._file: tuple[int, int] | None = None
         with self._translated():
-            self._connection = sqlite3.connect(
-                path if path is not None else ":memory:",
-                timeout=_BUSY_SECONDS,
-                isolation_level=None,
-                check_same_thread=False,
-            )
+            try:
+                self._connection = connect(path)
+            except OSError as error:
+                raise PassageIndexError(f"{path} cannot be opened ({error}); pass another directory") from error
         try:
             self._prepare(encoder)
         except BaseException:
@@ -149,35 +125,31 @@ class PassageDatabase:
     # -- opening and closing ------------------------------------------------------------------------------------------
 
     def _prepare(self, encoder: str) -> None:
-        for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "foreign_keys = ON", "synchronous = NORMAL"):
-            self._run(f"PRAGMA {pragma}")
         if self._path is not None:
+            self._refuse_cut(self._path)
             self._run("PRAGMA journal_mode = WAL")
             self._file = _identity(self._path)
         with self.transaction():
-            found = {(kind, name) for kind, name in self._run("SELECT type, name FROM sqlite_master")}
-            if not found:
+            with self._translated():
+                problem = schema_problem(self._connection)
+            if problem:
+                raise PassageIndexError(f"{self._where} is no passage index ({problem}); pass another directory")
+            if problem is not None:
                 self._create(encoder)
                 return
-            expected = {(sql.split()[1].lower(), name) for name, sql in _TABLES.items()}
-            foreign = {item for item in found - expected if not item[1].startswith("sqlite_")}
-            if foreign or expected - found:
-                names = ", ".join(sorted(f"{kind} {name}" for kind, name in foreign or expected - found))
-                verb = "holds" if foreign else "lacks"
-                raise PassageIndexError(f"{self._where} is no passage index ({verb} {names}); pass another directory")
             self._check_meta(encoder)
 
     def _create(self, encoder: str) -> None:
-        for sql in _TABLES.values():
+        for sql in TABLES.values():
             self._run(sql)
-        facts = {"schema": _SCHEMA_VERSION, "encoder": encoder, "dimension": str(self._dimension), "stamp": "0:new"}
+        facts = {"schema": SCHEMA_VERSION, "encoder": encoder, "dimension": str(self._dimension), "stamp": "0:new"}
         self._many("INSERT INTO meta VALUES (?, ?)", facts.items())
 
     def _check_meta(self, encoder: str) -> None:
         schema, name, dimension = (self._meta(key) for key in ("schema", "encoder", "dimension"))
-        if schema != _SCHEMA_VERSION:
+        if schema != SCHEMA_VERSION:
             raise PassageIndexError(
-                f"{self._where} has format {schema}, this blockrag reads format {_SCHEMA_VERSION}; open it with the "
+                f"{self._where} has format {schema}, this blockrag reads format {SCHEMA_VERSION}; open it with the "
                 "release that wrote it, or ingest the documents into a new directory"
             )
         if (name, dimension) != (encoder, str(self._dimension)):
@@ -186,24 +158,21 @@ class PassageDatabase:
                 f"({self._dimension}); open it with that encoder, or ingest the documents into a new directory"
             )
 
-    def _refuse_truncated(self, path: Path) -> None:
-        """Compare the file's length with its header, which SQLite itself does only when it meets a missing page."""
-        log = path.with_name(path.name + "-wal")
+    def _refuse_cut(self, path: Path) -> None:
+        """Refuse a file whose last page is cut: SQLite misses whole pages that are gone, and fills up half a page.
+
+        By its length alone: closing a second handle would drop the locks of every other connection of this process.
+        """
+        ((page_size,),) = self._run("PRAGMA page_size")
         try:
-            size = path.stat().st_size
-            if size == 0 or (log.exists() and log.stat().st_size > 0):
-                return
-            with path.open("rb") as file:
-                header = file.read(100)
-        except FileNotFoundError:
-            return
+            log = path.with_name(path.name + "-wal")
+            if log.exists() and log.stat().st_size:
+                return  # a checkpoint may be writing
+            size = path.stat().st_size % page_size
         except OSError as error:
             raise PassageIndexError(f"{path} cannot be read ({error}); check its permissions") from error
-        page = int.from_bytes(header[16:18], "big")
-        expected = int.from_bytes(header[28:32], "big") * (65536 if page == 1 else page)
-        # The page count is valid only when the version it was written at equals the change counter.
-        if header[24:28] == header[92:96] and size < expected:
-            raise self._damaged(f"{size} of {expected} bytes are left")
+        if size:
+            raise self._damaged(f"its last page ends after {size} of {page_size} bytes")
 
     def close(self) -> None:
         """Close the connection; the last one folds the write-ahead log into the file."""
@@ -252,6 +221,9 @@ class PassageDatabase:
         except sqlite3.DataError as error:
             raise InputError(f"a text or id is too big for the passage database ({error}); split it") from error
         except sqlite3.OperationalError as error:
+            if "decode" in str(error):
+                # What SQLite says quotes the text.
+                raise self._damaged("a text in it is not UTF-8") from None
             raise PassageIndexError(
                 f"{self._where}: {error}; another process may hold it, or the directory may be missing, full or "
                 "read-only: free it and try again"
@@ -265,26 +237,42 @@ class PassageDatabase:
             "documents again"
         )
 
-    def _run(self, sql: str, values: Sequence[object] = ()) -> list[Any]:
+    def _run(self, sql: str, values: Sequence[object] = (), types: tuple[type, ...] = ()) -> list[Any]:
+        """All results of a statement; with `types`, each of exactly these.
+
+        SQLite keeps any type in any column, and a damaged page can be reached twice: what comes back is not taken for
+        what was written.
+        """
+        results: list[Any] = []
         with self._lock, self._translated():
-            return self._connection.execute(sql, values).fetchall()
+            cursor = self._connection.execute(sql, values)
+            while some := cursor.fetchmany(_ROWS_AT_ONCE):
+                results += some
+                if len(results) > _ROWS_AT_ONCE and len(results) > self.size_bytes():
+                    cursor.close()
+                    raise self._damaged(f"it holds more than {len(results)} rows")
+        if types:
+            for row in results:
+                if tuple(map(type, row)) != types:
+                    raise self._damaged(f"a row holds {row!r:.100}")
+        return results
 
     def _many(self, sql: str, values: Iterable[Sequence[object]]) -> None:
         with self._lock, self._translated():
             self._connection.executemany(sql, values)
 
-    def _with_list(self, sql: str, values: Collection[object]) -> list[Any]:
+    def _with_list(self, sql: str, values: Collection[object], types: tuple[type, ...] = ()) -> list[Any]:
         """All results of `sql`, whose "(?)" stands for a list of any length."""
         results: list[Any] = []
         pending = list(values)
         with self._lock:
             for start in range(0, len(pending), _VALUES_AT_ONCE):
                 some = pending[start : start + _VALUES_AT_ONCE]
-                results += self._run(sql.replace("(?)", f"({','.join('?' * len(some))})"), some)
+                results += self._run(sql.replace("(?)", f"({','.join('?' * len(some))})"), some, types)
         return results
 
     def _meta(self, name: str) -> str:
-        rows = self._run("SELECT value FROM meta WHERE name = ?", (name,))
+        rows = self._run("SELECT value FROM meta WHERE name = ?", (name,), (str,))
         if not rows:
             raise self._damaged(f"it lacks {name!r}")
         return str(rows[0][0])
@@ -297,8 +285,23 @@ class PassageDatabase:
         return self._meta("stamp")
 
     def rows(self) -> Rows:
-        """All rows, ascending."""
-        return np.array([row for (row,) in self._run("SELECT row FROM embedding ORDER BY row")], dtype=np.int64)
+        """All rows, ascending.
+
+        Raises:
+            PassageIndexError: They are not: the file is damaged.
+        """
+        pieces: list[Rows] = [np.zeros(1, dtype=np.int64)]
+        with self._lock, self._translated():
+            cursor = self._connection.execute("SELECT row FROM embedding ORDER BY row")
+            while some := cursor.fetchmany(_ROWS_AT_ONCE):
+                pieces.append(np.fromiter((row for (row,) in some), dtype=np.int64, count=len(some)))
+                # A page that is reached twice would be read for ever.
+                self._check_ascending(np.concatenate([pieces[-2][-1:], pieces[-1]]))
+        return np.concatenate(pieces)[1:]
+
+    def _check_ascending(self, rows: Rows) -> None:
+        if len(rows) > 1 and not (rows[1:] > rows[:-1]).all():
+            raise self._damaged("its rows are not in order")
 
     def count(self) -> tuple[int, int]:
         """Numbers of passages and of documents."""
@@ -312,69 +315,83 @@ class PassageDatabase:
 
     def embeddings(self, rows: Rows) -> tuple[Rows, Vectors]:
         """Those of `rows` that are there, ascending, with their vectors `[n, dimension]` float32."""
-        found = sorted(self._with_list("SELECT row, vector FROM embedding WHERE row IN (?)", rows.tolist()))
-        return self._matrix(found)
+        wanted = 4 * self._dimension
+        # The length is known without reading the vector, which in a damaged file could be as long as the file.
+        sql = f"""SELECT row, CASE WHEN typeof(vector) = 'blob' AND length(vector) = {wanted} THEN vector END
+                  FROM embedding WHERE row IN (?)"""
+        found = sorted(self._with_list(sql, rows.tolist()), key=lambda pair: pair[0])
+        for row, vector in found:
+            if vector is None:
+                raise self._damaged(f"the embedding of row {row} is not {wanted} bytes long")
+        matrix = np.frombuffer(b"".join(vector for _, vector in found), dtype="<f4").reshape(-1, self._dimension)
+        numbers = np.array([row for row, _ in found], dtype=np.int64)
+        self._check_ascending(numbers)
+        if not np.isfinite(matrix).all():
+            row = numbers[int(np.argmin(np.isfinite(matrix).all(axis=1)))]
+            raise self._damaged(f"the embedding of row {row} is not finite")
+        return numbers, matrix.astype(np.float32, copy=False)
 
     def embedding_chunks(self, rows: Rows) -> Iterator[tuple[Rows, Vectors]]:
         """`embeddings` in chunks of bounded size."""
         for start in range(0, len(rows), _VALUES_AT_ONCE):
             yield self.embeddings(rows[start : start + _VALUES_AT_ONCE])
 
-    def _matrix(self, found: list[tuple[int, bytes]]) -> tuple[Rows, Vectors]:
-        wanted = 4 * self._dimension
-        for row, vector in found:
-            if not isinstance(vector, bytes) or len(vector) != wanted:
-                raise self._damaged(f"the embedding of row {row} is not {wanted} bytes long")
-        matrix = np.frombuffer(b"".join(vector for _, vector in found), dtype="<f4").reshape(-1, self._dimension)
-        return np.array([row for row, _ in found], dtype=np.int64), matrix.astype(np.float32, copy=False)
-
     def passages_at(self, rows: Collection[int]) -> dict[int, Passage]:
         """The passages of `rows`, by row; rows that are gone are left out."""
         sql = "SELECT row, id, text, title, document_id, metadata FROM passage WHERE row IN (?)"
-        return {row: self._passage(*columns) for row, *columns in self._with_list(sql, rows)}
+        return {row: self._passage(*columns) for row, *columns in self._with_list(sql, rows, (int, *_TEXTS))}
 
     def passage(self, passage_id: str) -> Passage | None:
         """The passage of this id."""
         sql = "SELECT id, text, title, document_id, metadata FROM passage WHERE id = ?"
-        found = self._run(sql, (passage_id,))
+        found = self._run(sql, (passage_id,), _TEXTS)
         return self._passage(*found[0]) if found else None
 
     def passages(self, document_id: str | None) -> Iterator[Passage]:
         """A document's passages in order, or all passages by row; read a page at a time, without holding the lock."""
-        if document_id is not None:
-            sql = (
-                "SELECT id, text, title, document_id, metadata FROM passage WHERE document_id = ? ORDER BY ordinal, row"
-            )
-            yield from [self._passage(*columns) for columns in self._run(sql, (document_id,))]
+        if document_id is None:
+            yield from (passage for _, passage in self.numbered_passages())
             return
+        sql = "SELECT id, text, title, document_id, metadata FROM passage WHERE document_id = ? ORDER BY ordinal, row"
+        yield from [self._passage(*columns) for columns in self._run(sql, (document_id,), _TEXTS)]
+
+    def numbered_passages(self) -> Iterator[tuple[int, Passage]]:
+        """All passages by row, with it; read a page at a time, without holding the lock."""
         sql = f"""SELECT row, id, text, title, document_id, metadata FROM passage
                   WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"""
-        last = -1
-        while page := self._run(sql, (last,)):
+        last = 0
+        while page := self._run(sql, (last,), (int, *_TEXTS)):
+            self._check_ascending(np.array([last, *(row for row, *_ in page)], dtype=np.int64))
             last = page[-1][0]
-            yield from [self._passage(*columns) for _, *columns in page]
+            yield from [(row, self._passage(*columns)) for row, *columns in page]
 
     def _passage(self, id: str, text: str, title: str, document_id: str, metadata: str) -> Passage:
         try:
             facts = json.loads(metadata)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise self._damaged(f"the metadata of passage {id!r} is not JSON") from error
-        return Passage(id=id, text=text, title=title, document_id=document_id, metadata=facts)
+            if not isinstance(facts, dict):
+                raise ValueError(f"a {type(facts).__name__}, not an object")
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"the metadata of passage {id!r:.200} is not JSON") from error
+        try:
+            return Passage(id=id, text=text, title=title, document_id=document_id, metadata=facts)
+        except InputError as error:
+            raise self._damaged(f"passage {id!r:.200} cannot be: {error}") from error
 
     def stored(self, document_id: str) -> list[StoredPassage]:
         """A document's passages with their rows, in order."""
         sql = """SELECT row, ordinal, id, title, text, metadata, document_id FROM passage
                  WHERE document_id = ? ORDER BY ordinal, row"""
-        return [StoredPassage(*columns) for columns in self._run(sql, (document_id,))]
+        return [StoredPassage(*columns) for columns in self._run(sql, (document_id,), (int, int, *_TEXTS))]
 
     def stored_passages(self, passage_ids: Collection[str]) -> list[StoredPassage]:
         """Those of these passages that are there, in no particular order."""
         sql = "SELECT row, ordinal, id, title, text, metadata, document_id FROM passage WHERE id IN (?)"
-        return [StoredPassage(*columns) for columns in self._with_list(sql, passage_ids)]
+        return [StoredPassage(*columns) for columns in self._with_list(sql, passage_ids, (int, int, *_TEXTS))]
 
     def rows_of(self, passage_ids: Collection[str]) -> dict[str, tuple[int, str]]:
         """Row and document of each of these passages that is there."""
-        found = self._with_list("SELECT id, row, document_id FROM passage WHERE id IN (?)", passage_ids)
+        sql = "SELECT id, row, document_id FROM passage WHERE id IN (?)"
+        found = self._with_list(sql, passage_ids, (str, int, str))
         return {id: (row, document_id) for id, row, document_id in found}
 
     def documents(self) -> list[DocumentInfo]:
@@ -383,7 +400,7 @@ class PassageDatabase:
                         coalesce((SELECT content_hash FROM document_hash
                                   WHERE document_id = document.id AND fingerprint = ''), '')
                  FROM document ORDER BY document.id"""
-        return [DocumentInfo(*columns) for columns in self._run(sql)]
+        return [DocumentInfo(*columns) for columns in self._run(sql, (), (str, int, str))]
 
     def document_hash(self, document_id: str, fingerprint: str) -> str | None:
         """The content hash recorded for a document under a fingerprint; "" for a document without one under ""."""
@@ -396,7 +413,7 @@ class PassageDatabase:
 
     def superseded(self) -> set[str]:
         """The documents that are marked to be replaced."""
-        found = self._run("SELECT document_id FROM document_hash WHERE fingerprint = ?", (SUPERSEDED,))
+        found = self._run("SELECT document_id FROM document_hash WHERE fingerprint = ?", (SUPERSEDED,), (str,))
         return {document_id for (document_id,) in found}
 
     def is_document(self, document_id: str) -> bool:
@@ -410,11 +427,11 @@ class PassageDatabase:
             PassageIndexError: The file cannot be written, or is open elsewhere.
         """
         try:
-            with self._lock, closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as target:
+            with self._lock, closing(connect(path)) as target:
                 # Refused while anybody has the file open, who would take the copy's rows for those of the same numbers.
                 target.execute("PRAGMA journal_mode = DELETE")
                 self._connection.backup(target)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise PassageIndexError(
                 f"{self._where} cannot be copied to {path} ({error}); check that the disk has room and nobody uses it"
             ) from error
@@ -422,8 +439,9 @@ class PassageDatabase:
     def block_keys(self, fingerprint: str | None) -> set[str]:
         """All block keys, or those recorded under one fingerprint."""
         if fingerprint is None:
-            return {key for (key,) in self._run("SELECT DISTINCT key FROM block")}
-        return {key for (key,) in self._run("SELECT DISTINCT key FROM block WHERE fingerprint = ?", (fingerprint,))}
+            return {key for (key,) in self._run("SELECT DISTINCT key FROM block", (), (str,))}
+        sql = "SELECT DISTINCT key FROM block WHERE fingerprint = ?"
+        return {key for (key,) in self._run(sql, (fingerprint,), (str,))}
 
     def matching(self, where: Mapping[str, object]) -> Rows:
         """Rows whose passage has all these facts, ascending; "document_id" is the passage's own."""
@@ -438,15 +456,18 @@ class PassageDatabase:
             else:
                 clauses.append("SELECT row FROM fact WHERE digest = ?")
                 values.append(_fact_digest(name, _plain(name, value)))
-        found = self._run(" INTERSECT ".join(clauses), values)
+        found = self._run(" INTERSECT ".join(clauses), values, (int,))
         return np.array(sorted(row for (row,) in found), dtype=np.int64)
 
     # -- writing, inside a transaction --------------------------------------------------------------------------------
 
     def bump_stamp(self) -> None:
         """Name a new state of the vectors."""
-        number = int(self.stamp.partition(":")[0]) + 1
-        self._run("UPDATE meta SET value = ? WHERE name = 'stamp'", (f"{number}:{secrets.token_hex(8)}",))
+        stamp = self.stamp
+        number, _, _ = stamp.partition(":")
+        if not (number.isascii() and number.isdigit() and len(number) < 20):
+            raise self._damaged(f"its stamp is {stamp!r:.60}")
+        self._run("UPDATE meta SET value = ? WHERE name = 'stamp'", (f"{int(number) + 1}:{secrets.token_hex(8)}",))
 
     def insert(self, passage: Passage, ordinal: int, vector: Vectors) -> int:
         """Insert one passage with its vector `[dimension]` float32; returns its row."""
@@ -475,7 +496,7 @@ class PassageDatabase:
 
     def delete(self, rows: Sequence[int]) -> set[str]:
         """Delete passages with all that hangs on them; returns the block keys they had."""
-        keys = {key for (key,) in self._with_list("SELECT key FROM block WHERE row IN (?)", rows)}
+        keys = {key for (key,) in self._with_list("SELECT key FROM block WHERE row IN (?)", rows, (str,))}
         self._with_list("DELETE FROM passage WHERE row IN (?)", rows)
         return keys
 
@@ -518,14 +539,14 @@ class PassageDatabase:
 
     def set_blocks(self, row: int, fingerprint: str, keys: Sequence[str]) -> set[str]:
         """Replace a passage's block keys under a fingerprint; returns the keys it had."""
-        found = self._run("SELECT key FROM block WHERE row = ? AND fingerprint = ?", (row, fingerprint))
+        found = self._run("SELECT key FROM block WHERE row = ? AND fingerprint = ?", (row, fingerprint), (str,))
         self._run("DELETE FROM block WHERE row = ? AND fingerprint = ?", (row, fingerprint))
         self._many("INSERT INTO block VALUES (?, ?, ?, ?)", [(row, fingerprint, i, key) for i, key in enumerate(keys)])
         return {key for (key,) in found}
 
     def unused(self, keys: Collection[str]) -> frozenset[str]:
         """Those of `keys` that no passage has any more."""
-        used = {key for (key,) in self._with_list("SELECT DISTINCT key FROM block WHERE key IN (?)", keys)}
+        used = {key for (key,) in self._with_list("SELECT DISTINCT key FROM block WHERE key IN (?)", keys, (str,))}
         return frozenset(keys) - used
 
     def count_terms(self, changes: Mapping[str, int]) -> None:
@@ -540,7 +561,11 @@ class PassageDatabase:
 
     def term_counts(self, terms: Collection[str]) -> dict[str, int]:
         """How many passages hold each of `terms`; terms in none are left out."""
-        return dict(self._with_list("SELECT term, passages FROM term WHERE term IN (?)", terms))
+        counts = dict(self._with_list("SELECT term, passages FROM term WHERE term IN (?)", terms, (str, int)))
+        for term, count in counts.items():
+            if count < 1:
+                raise self._damaged(f"{count} passages are said to hold {term!r}")
+        return counts
 
 
 class TermCounts:

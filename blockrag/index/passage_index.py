@@ -755,6 +755,7 @@ def _bytes_in(directory: Path) -> int:
 
 def _make_directory(path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        # Documents are as private as the files they came from: who may list them is for their owner to widen.
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise PassageIndexError(f"cannot make the index directory {str(path)!r} ({error}); pass another") from error

@@ -1,8 +1,10 @@
-"""The searchable vectors: FAISS and its file; the only room that knows FAISS.
+"""The searchable vectors: FAISS and what is kept of it; the only room that knows FAISS.
 
 Everything here is derived from the database and may be thrown away: the file carries its own checksum, counts and the
-stamp of the database state it was made from, and whatever does not fit is refused so that the caller rebuilds. Half
-of all randomly damaged FAISS files load and search without an error, so FAISS never sees bytes that were not checked.
+stamp of the database state it was made from, and whatever does not fit is refused so that the caller rebuilds. FAISS
+reads no file: half of all randomly damaged FAISS files load and search without an error, and others write where they
+should not. What it holds is kept as plain arrays, and put together again once every number that it will use as an
+address is known to be one.
 
 Nothing here knows passages or SQLite: rows are 64-bit numbers that are never used twice. Callers exclude `add` and
 `remove` from `search` (FAISS crashes otherwise).
@@ -10,19 +12,17 @@ Nothing here knows passages or SQLite: rows are 64-bit numbers that are never us
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blockrag.errors import InputError
+from blockrag.index.vector_file import VectorFile, VectorFileError, open_vector_file, write_vector_file
 
 if TYPE_CHECKING:
     from blockrag.encoders.protocol import Vectors
@@ -33,28 +33,12 @@ Kind = Literal["flat", "hnsw", "ivf"]
 Rows = NDArray[np.int64]
 """A `[n]` int64 array of passage rows."""
 
-_MAGIC = "blockrag vectors 1"
-_HEADER_BYTES = 512
-_CHUNK_BYTES = 1 << 20
 # Below this FAISS has too few points to train inverted lists (it asks for 39 a list), and a flat scan is instant.
 _IVF_MIN_ROWS = 1024
 _POINTS_PER_LIST = 39
 _HNSW_LINKS = 32
 _HNSW_BUILD_BREADTH = 128
 _HNSW_SEARCH_BREADTH = 128
-
-
-class VectorFileError(Exception):
-    """The vector file cannot be used; never leaves `blockrag.index`, where it means: rebuild.
-
-    Attributes:
-        ordinary: The file is missing or behind the database, as after a process that ended without close(): nothing
-            is damaged.
-    """
-
-    def __init__(self, message: str, *, ordinary: bool = False) -> None:
-        super().__init__(message)
-        self.ordinary = ordinary
 
 
 class VectorIndex:
@@ -156,49 +140,33 @@ class VectorIndex:
         Raises:
             OSError: The file cannot be written.
         """
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("xb") as file:
-                self._write(file, stamp)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _write(self, file: IO[bytes], stamp: str) -> None:
-        faiss = _faiss()
-        import xxhash
-
-        digest = xxhash.xxh3_128()
-        failure: list[OSError] = []
-
-        def write(data: bytes) -> int:
-            digest.update(data)
-            try:
-                return 0 if failure else file.write(data)
-            except OSError as error:
-                failure.append(error)
-                return 0
-
-        file.write(bytes(_HEADER_BYTES))
-        faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, _CHUNK_BYTES))
-        # FAISS goes on after a failed write and reports nothing.
-        if failure:
-            raise failure[0]
         header = {
-            "magic": _MAGIC,
             "kind": self.kind,
             "dimension": self.dimension,
             "rows": len(self._rows),
+            "stamp": stamp,
             "entries": self._index.ntotal,
             "trained_on": self._trained_on,
-            "stamp": stamp,
-            "bytes": file.tell() - _HEADER_BYTES,
-            "checksum": digest.hexdigest(),
+            "lists": self._index.nlist if self._trained_on else 0,
+            "entry_point": self._graph.entry_point if self.kind == "hnsw" else -1,
         }
-        file.seek(0)
-        file.write(json.dumps(header).encode().ljust(_HEADER_BYTES))
+        write_vector_file(path, header, self._lists() if self._trained_on else self._numbered())
+
+    @property
+    def _graph(self) -> Any:
+        return _faiss().downcast_index(self._index.index).hnsw
+
+    def vectors(self) -> Iterator[tuple[Rows, Vectors]]:
+        """What it holds, in no particular order, as (rows, vectors `[n, dimension]` float32) pairs that must be copied.
+
+        Rows that were removed and only marked are among them.
+        """
+        if self._trained_on:
+            for number in range(self._index.nlist):
+                yield self._list(number)
+        elif self._index.ntotal:
+            rows, *_, vectors = self._numbered()
+            yield rows, vectors
 
     @classmethod
     def load(cls, path: Path, kind: Kind, dimension: int, *, stamp: str, rows: Rows) -> VectorIndex:
@@ -214,54 +182,105 @@ class VectorIndex:
         Raises:
             VectorFileError: The file is missing, damaged, or holds something else than wanted; says which.
         """
-        wanted = {"magic": _MAGIC, "kind": kind, "dimension": dimension, "stamp": stamp, "rows": len(rows)}
-        try:
-            with path.open("rb") as file:
-                header = _read_header(file)
-                for name, value in wanted.items():
-                    if header.get(name) != value:
-                        raise VectorFileError(
-                            f"{name} is {header.get(name)!r}, not {value!r}", ordinary=name == "stamp"
-                        )
-                _check_payload(file, header)
-                index = _read_index(file)
-        except FileNotFoundError:
-            raise VectorFileError("there is none", ordinary=True) from None
-        except OSError as error:
-            raise VectorFileError(f"it cannot be read: {error}") from error
-        vectors = cls(kind, dimension)
-        vectors._adopt(index, header, rows)
-        return vectors
-
-    def _adopt(self, index: Any, header: dict[str, Any], rows: Rows) -> None:
-        """Take over a loaded FAISS index after checking that it is what the header says."""
-        faiss = _faiss()
-
-        entries, trained_on = header.get("entries"), header.get("trained_on")
-        if index.d != self.dimension or index.ntotal != entries or index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise VectorFileError(
-                f"it holds {index.ntotal} vectors of {index.d} instead of {entries} of {self.dimension}"
-            )
-        if isinstance(index, faiss.IndexIVFFlat) != bool(trained_on) or not isinstance(trained_on, int):
-            raise VectorFileError(f"it is a {type(index).__name__}")
-        self._index, self._trained_on, self._rows = index, trained_on, rows
-        if not trained_on:
-            stored = faiss.vector_to_array(index.id_map)
-            self._dead = np.setdiff1d(stored, rows)
-            if len(self._dead) + len(rows) != len(stored) or (self.kind != "hnsw" and len(self._dead)):
+        wanted = {"kind": kind, "dimension": dimension, "stamp": stamp, "rows": len(rows)}
+        loaded = cls(kind, dimension)
+        with open_vector_file(path, wanted) as file:
+            loaded._trained_on = file.count("trained_on")
+            if loaded._trained_on and kind != "ivf":
+                raise VectorFileError(f"it has inverted lists, which {kind!r} has not")
+            stored = loaded._read_lists(file) if loaded._trained_on else loaded._read_numbered(file)
+            loaded._rows, loaded._dead = rows, np.setdiff1d(stored, rows)
+            if len(loaded._dead) + len(rows) != len(stored) or (kind != "hnsw" and len(loaded._dead)):
                 raise VectorFileError("its rows are not those of the database")
+            file.check()
+        return loaded
+
+    # Flat and graph: rows in the order of addition, and for a graph the levels and neighbours of each; then vectors.
+
+    def _numbered(self) -> Iterator[NDArray[Any]]:
+        faiss = _faiss()
+        entries = self._index.ntotal
+        yield faiss.vector_to_array(self._index.id_map).astype("<i8", copy=False)
+        storage = faiss.downcast_index(self._index.index)
+        if self.kind == "hnsw":
+            yield faiss.vector_to_array(storage.hnsw.levels).astype("<i4", copy=False)
+            yield _floats_or_ints(storage.hnsw.neighbors.data(), storage.hnsw.neighbors.size(), "<i4")
+            storage = faiss.downcast_index(storage.storage)
+        yield _floats_or_ints(storage.get_xb(), entries * self.dimension, "<f4").reshape(entries, self.dimension)
+
+    def _read_numbered(self, file: VectorFile) -> Rows:
+        faiss = _faiss()
+        entries = file.count("entries")
+        rows: Rows = file.array("<i8", entries)
+        if not (rows[1:] > rows[:-1]).all():
+            raise VectorFileError("its rows are not in order")
+        if self.kind != "hnsw":
+            for start, vectors in file.matrix_chunks(entries, self.dimension):
+                self._index.add_with_ids(vectors, rows[start : start + len(vectors)])
+            return rows
+        index = faiss.downcast_index(self._index.index)
+        _read_graph(file, index.hnsw, entries)
+        storage = faiss.downcast_index(index.storage)
+        for _, vectors in file.matrix_chunks(entries, self.dimension):
+            storage.add(vectors)
+        index.ntotal = self._index.ntotal = entries
+        faiss.copy_array_to_vector(rows, self._index.id_map)
+        self._index.construct_rev_map()
+        return rows
+
+    # Inverted lists: rows list by list, the length of each list, centroids; then vectors, in the order of the rows.
+
+    def _list(self, number: int) -> tuple[Rows, Vectors]:
+        """One inverted list, over FAISS's own memory."""
+        lists = self._index.invlists
+        size = lists.list_size(number)
+        if not size:
+            return np.zeros(0, dtype="<i8"), np.zeros((0, self.dimension), dtype="<f4")
+        faiss = _faiss()
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * self.dimension * 4)
+        rows = faiss.rev_swig_ptr(lists.get_ids(number), size)
+        return rows.astype("<i8", copy=False), codes.view("<f4").reshape(size, self.dimension)
+
+    def _lists(self) -> Iterator[NDArray[Any]]:
+        count = self._index.nlist
+        yield np.array([self._index.invlists.list_size(number) for number in range(count)], dtype="<i8")
+        centroids = _faiss().downcast_index(self._index.quantizer).get_xb()
+        yield _floats_or_ints(centroids, count * self.dimension, "<f4")
+        for number in range(count):
+            yield self._list(number)[0]
+        for number in range(count):
+            yield self._list(number)[1]
+
+    def _read_lists(self, file: VectorFile) -> Rows:
+        faiss = _faiss()
+        entries, count = file.count("entries"), file.count("lists")
+        sizes = file.array("<i8", count)
+        # Neither may be negative or wrap around when they are added up.
+        if not count or ((sizes < 0) | (sizes > entries)).any() or sum(sizes.tolist()) != entries:
+            raise VectorFileError(f"its {count} lists do not hold {entries} vectors")
+        centroids = file.array("<f4", count, self.dimension)
+        rows: Rows = file.array("<i8", entries)
+        self._index = _empty_lists(self.dimension, count)
+        faiss.downcast_index(self._index.quantizer).add(centroids)
+        self._index.is_trained = True
+        numbers = np.repeat(np.arange(count, dtype=np.int64), sizes)
+        for start, vectors in file.matrix_chunks(entries, self.dimension):
+            some = slice(start, start + len(vectors))
+            pointers = map(faiss.swig_ptr, (vectors, rows[some], numbers[some]))
+            self._index.add_core(len(vectors), *pointers)
+        ascending = np.sort(rows)
+        if not (ascending[1:] > ascending[:-1]).all():
+            raise VectorFileError("it holds a row twice")
+        return ascending
 
     def _open_lists(self, chunks: list[tuple[Rows, Vectors]]) -> list[tuple[Rows, Vectors]]:
         """Train inverted lists on `chunks` (kept in memory meanwhile), or stay flat while they are too few."""
-        faiss = _faiss()
-
         count = sum(len(rows) for rows, _ in chunks)
         if count < _IVF_MIN_ROWS:
             self._index = _empty_index("flat", self.dimension)
             return chunks
         lists = min(4 * math.isqrt(count), count // _POINTS_PER_LIST)
-        quantizer = faiss.IndexFlatIP(self.dimension)
-        self._index = faiss.IndexIVFFlat(quantizer, self.dimension, lists, faiss.METRIC_INNER_PRODUCT)
+        self._index = _empty_lists(self.dimension, lists)
         self._index.train(np.concatenate([vectors for _, vectors in chunks]))
         self._trained_on = count
         return chunks
@@ -282,45 +301,54 @@ def _empty_index(kind: Kind, dimension: int) -> Any:
     return faiss.IndexIDMap2(graph)
 
 
+def _empty_lists(dimension: int, lists: int) -> Any:
+    faiss = _faiss()
+
+    return faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, lists, faiss.METRIC_INNER_PRODUCT)
+
+
 def _lists_to_probe(lists: int) -> int:
     """An eighth of the lists, at least 16: sparse, high-dimensional text vectors cluster badly."""
     return max(16, lists // 8)
 
 
-def _read_header(file: IO[bytes]) -> dict[str, Any]:
-    try:
-        header = json.loads(file.read(_HEADER_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise VectorFileError("its header is damaged") from error
-    if not isinstance(header, dict):
-        raise VectorFileError("its header is damaged")
-    return header
+def _floats_or_ints(pointer: Any, count: int, dtype: str) -> NDArray[Any]:
+    """An array over FAISS's memory; nothing, which has no address, is an empty one."""
+    if not count:
+        return np.zeros(0, dtype=dtype)
+    array: NDArray[Any] = _faiss().rev_swig_ptr(pointer, count)
+    return array.astype(dtype, copy=False)
 
 
-def _check_payload(file: IO[bytes], header: dict[str, Any]) -> None:
-    """Length and checksum of everything after the header, before FAISS reads a byte of it."""
-    import xxhash
+def _read_graph(file: VectorFile, graph: Any, entries: int) -> None:
+    """Fill an empty neighbour graph, once all its numbers are addresses within it.
 
-    digest = xxhash.xxh3_128()
-    for chunk in _chunks(file):
-        digest.update(chunk)
-    length = file.tell() - _HEADER_BYTES
-    if length != header.get("bytes"):
-        raise VectorFileError(f"it is {length} bytes long instead of {header.get('bytes')}")
-    if digest.hexdigest() != header.get("checksum"):
-        raise VectorFileError("its checksum does not match")
-
-
-def _chunks(file: IO[bytes]) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
-
-
-def _read_index(file: IO[bytes]) -> Any:
+    A node of level n has slots for neighbours on the layers below n, one after another; a search on a layer goes on
+    from a neighbour to the slots which that has on the same layer.
+    """
     faiss = _faiss()
-
-    file.seek(_HEADER_BYTES)
-    try:
-        return faiss.read_index(faiss.PyCallbackIOReader(file.read, _CHUNK_BYTES))
-    except (RuntimeError, MemoryError) as error:
-        raise VectorFileError(f"FAISS cannot read it: {error}") from error
+    # Where the slots of each layer begin within a node's, and behind the last layer where they end.
+    begins = faiss.vector_to_array(graph.cum_nneighbor_per_level).astype(np.int64)
+    levels = file.array("<i4", entries)
+    if entries and (levels.min() < 1 or levels.max() >= len(begins)):
+        raise VectorFileError(f"its graph has levels from {levels.min()} to {levels.max()}")
+    begin = file.header.get("entry_point")
+    top = int(levels.max(initial=0))
+    if entries and (type(begin) is not int or not 0 <= begin < entries or levels[begin] != top):
+        raise VectorFileError(f"its graph begins at {begin!r:.40}, where it has not all {top} layers")
+    ends = np.cumsum(begins[levels])
+    neighbours = file.array("<i4", int(ends[-1]) if entries else 0)
+    if len(neighbours) and (neighbours.min() < -1 or neighbours.max() >= entries):
+        raise VectorFileError(f"its graph has {entries} nodes and neighbours beyond them")
+    for layer in range(1, top):
+        nodes = np.flatnonzero(levels > layer)
+        slots = (ends - begins[levels])[nodes, None] + np.arange(begins[layer], begins[layer + 1])
+        linked = neighbours[slots]
+        if (levels[linked[linked >= 0]] <= layer).any():
+            raise VectorFileError("its graph leads to a layer that a node has not")
+    if not entries:
+        return
+    faiss.copy_array_to_vector(levels, graph.levels)
+    graph.prepare_level_tab(entries, True)
+    faiss.rev_swig_ptr(graph.neighbors.data(), len(neighbours))[:] = neighbours
+    graph.max_level, graph.entry_point = top - 1, begin

@@ -1,0 +1,69 @@
+"""The files of a passage index on disk: private to their owner, and never reached through a link or a pipe.
+
+They hold the documents' text, so they are nobody else's to read; and whoever can put a file into the directory must not
+be able to have another one read or overwritten in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Final
+
+__all__ = ["NotAFileError", "create_private", "make_private", "open_regular", "refuse_irregular"]
+
+# A pipe must not block the open, a link must not be followed.
+_READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class NotAFileError(OSError):
+    """The name leads to a link, a pipe, a directory or a device."""
+
+
+def refuse_irregular(path: Path) -> None:
+    """See that a name leads to a file of its own, or to nothing.
+
+    Raises:
+        NotAFileError: It leads to anything else.
+        OSError: It cannot be looked at.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise NotAFileError(f"{path.name} is no regular file")
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading.
+
+    Raises:
+        NotAFileError: The name leads to anything but a file.
+        OSError: It cannot be opened.
+    """
+    refuse_irregular(path)
+    file = os.fdopen(os.open(path, _READ), "rb")
+    # Between the look and the open it may have become another.
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise NotAFileError(f"{path.name} is no regular file")
+    return file
+
+
+def create_private(path: Path) -> IO[bytes]:
+    """Create a file that only its owner may read, open for reading and writing.
+
+    Raises:
+        FileExistsError: There is something under this name.
+        OSError: It cannot be created.
+    """
+    return os.fdopen(os.open(path, _CREATE, 0o600), "w+b")
+
+
+def make_private(path: Path) -> None:
+    """Take all permissions on a file of this user from group and others; a file of somebody else stays as it is."""
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+            path.chmod(0o600)
