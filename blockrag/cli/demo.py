@@ -25,7 +25,7 @@ from rich.text import Text
 
 from blockrag.cli.answers import answer_json, milliseconds, name_of
 from blockrag.cli.directory import Settings, find_settings, model_name, open_settings, prepare, remember
-from blockrag.cli.indexing import report_json, size
+from blockrag.cli.indexing import counted, report_json, size
 from blockrag.cli.options import AsJson
 from blockrag.cli.output import Output, clean, reporting
 from blockrag.errors import InputError
@@ -151,7 +151,7 @@ def _ingest(out: Output, rag: BlockRAG, path: Path) -> dict[str, object]:
     if report.documents_unchanged and not report.blocks_new:
         out.show("Everything was there already; the model computed nothing.")
     out.show(
-        f"stored in {path}: {stats.index.passages:,} passages, {stats.store.blocks:,} blocks,\n"
+        f"stored in {path}: {stats.index.passages:,} passages, {counted(stats.store.blocks)} blocks,\n"
         f"{size(stats.store.bytes)} of KV states, {size(stats.index.bytes)} of index"
     )
     stored = {"passages": stats.index.passages, "blocks": stats.store.blocks, "bytes": stats.store.bytes}

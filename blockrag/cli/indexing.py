@@ -114,7 +114,7 @@ def stats(path: IndexPath, documents: Documents = False, as_json: AsJson = False
             "encoder": f"{about_index.encoder} ({about_index.dimension:,} dimensions)",
             "documents": f"{about_index.documents:,}",
             "passages": f"{about_index.passages:,} ({size(about_index.bytes)}, {about_index.kind} index)",
-            "blocks": f"{about_store.blocks:,} ({size(about_store.bytes)}, {budget})",
+            "blocks": f"{counted(about_store.blocks)} ({size(about_store.bytes)}, {budget})",
         }
         for name, value in rows.items():
             table.add_row(Text(name, style="dim"), Text(clean(value)))
@@ -160,13 +160,20 @@ def report_json(report: IngestReport) -> dict[str, object]:
     return {**counts, "failures": failures}
 
 
-def size(nbytes: int) -> str:
-    """Bytes in the largest binary unit that gives a number of at least one."""
+def size(nbytes: int | None) -> str:
+    """Bytes in the largest binary unit that gives a number of at least one; None is not known."""
+    if nbytes is None:
+        return "size not known"
     value, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value /= 1024
         units.pop(0)
     return f"{nbytes} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def counted(number: int | None) -> str:
+    """A number for reading; None was not counted, as in a bucket."""
+    return "not counted" if number is None else f"{number:,}"
 
 
 def _count(number: int, what: str) -> str:

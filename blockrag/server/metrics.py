@@ -6,7 +6,7 @@ Source: https://prometheus.io/docs/practices/naming/
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from blockrag.model.usage import Usage
     from blockrag.server.gate import Gate
-    from blockrag.stores import BlockStore
+    from blockrag.stores import BlockStore, StoreStats
 
 __all__ = ["Metrics", "RequestMetrics"]
 
@@ -103,14 +103,29 @@ class _StoreMetrics(Collector):
             stats = self._store.stats()
         except StoreError:
             return
-        yield GaugeMetricFamily("blockrag_store_blocks", "Blocks stored.", value=stats.blocks)
-        yield GaugeMetricFamily("blockrag_store_bytes", "Bytes stored.", value=stats.bytes)
+        # A bucket is not counted.
+        if stats.blocks is not None:
+            yield GaugeMetricFamily("blockrag_store_blocks", "Blocks stored.", value=stats.blocks)
+        if stats.bytes is not None:
+            yield GaugeMetricFamily("blockrag_store_bytes", "Bytes stored.", value=stats.bytes)
         if stats.max_bytes is not None:
             yield GaugeMetricFamily("blockrag_store_max_bytes", "The store's byte budget.", value=stats.max_bytes)
         yield CounterMetricFamily("blockrag_store_hits", "Blocks found.", value=stats.hits)
         yield CounterMetricFamily("blockrag_store_misses", "Blocks not found.", value=stats.misses)
         yield CounterMetricFamily("blockrag_store_puts", "Blocks written.", value=stats.puts)
         yield CounterMetricFamily("blockrag_store_evictions", "Blocks evicted.", value=stats.evictions)
+        yield CounterMetricFamily("blockrag_store_failures", "Blocks lost to faults.", value=stats.failures)
+        yield from _tier_metrics(stats.tiers)
+
+
+def _tier_metrics(tiers: Sequence[tuple[str, StoreStats]]) -> Iterator[Metric]:
+    """Traffic of the stores that the store is made of, by URL."""
+    for name, text in (("hits", "Blocks found."), ("misses", "Blocks not found."), ("puts", "Blocks written.")):
+        family = CounterMetricFamily(f"blockrag_store_tier_{name}", text, labels=["tier"])
+        for url, stats in tiers:
+            family.add_metric([url], getattr(stats, name))
+        if tiers:
+            yield family
 
 
 class RequestMetrics:
