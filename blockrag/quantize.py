@@ -9,9 +9,10 @@ with r in [-8, 7] and a whole `zero`.
 Why: an error in a key is an error in a logit, and its size is that of the channel's scale. Layers whose keys reach far
 attend sharply, and there a rounded key picks another token. Measured on the model that ships with blockrag, equal bytes
 spent anywhere else (smaller groups, minimum and scale, rotated channels, the widest channels of each layer rather than
-of the block) leave more answers changed; docs/storage.md has the figures. Some families add a large constant to a few
-key channels (the bias of Qwen2's projections): those reach furthest, and their zero takes the constant out. That one
-scale per channel suits keys, and one per token values, is the finding of KIVI (arXiv 2402.02750).
+of the block) leave more answers changed; docs/guide/storage-and-sizing.md has the figures. Some families add a large
+constant to a few key channels (the bias of Qwen2's projections): those reach furthest, and their zero takes the
+constant out. That one scale per channel suits keys, and one per token values, is the finding of KIVI (arXiv
+2402.02750).
 
 The payload, every section starting at a multiple of 16 bytes from its beginning, with zeros between:
 

@@ -113,7 +113,8 @@ class BlockRAGLLM(FunctionCallingLLM):
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", ...')
     dtype: str = Field(default="auto", description='"auto", "float32", "bfloat16" or "float16".')
     precision: Precision | None = Field(
-        default=None, description="Precision of stored KV states; 16 bits if None. See docs/storage.md."
+        default=None,
+        description="Precision of stored KV states; 16 bits if None. See docs/guide/storage-and-sizing.md.",
     )
     block_fine_tuned: bool | None = Field(
         default=None, description="Overrides what the checkpoint says of its block fine-tuning."
