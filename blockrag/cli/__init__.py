@@ -7,6 +7,7 @@ r"""The `blockrag` command: every part of the library that is worth a command li
     indexing.py   ingest, stats, delete
     asking.py     query, chat
     verifying.py  verify
+    planning.py   plan
     batch.py, generating.py   generate
     serving.py    serve
     benching.py   bench
@@ -35,6 +36,7 @@ from blockrag.cli.finetuning import finetune, presets
 from blockrag.cli.generating import generate
 from blockrag.cli.indexing import delete, ingest, stats
 from blockrag.cli.output import EXIT_CODES
+from blockrag.cli.planning import plan
 from blockrag.cli.serving import serve
 from blockrag.cli.verifying import verify
 
@@ -50,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (demo, ingest, query, chat, stats, delete, verify, generate, finetune, presets, serve):
+for _command in (demo, plan, ingest, query, chat, stats, delete, verify, generate, finetune, presets, serve):
     app.command(epilog=EXIT_CODES, no_args_is_help=False)(_command)
 app.command(name="eval", epilog=EXIT_CODES, no_args_is_help=False)(evaluate)
 app.add_typer(bench, name="bench")

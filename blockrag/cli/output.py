@@ -23,11 +23,20 @@ from blockrag.errors import BlockRAGError, PassageIndexError, StoreError, Unsupp
 from blockrag.model.facts import NotBlockFineTunedWarning
 from blockrag.model.trained import BeyondTrainingWarning
 
-__all__ = ["EXIT_CODES", "PARTLY_FAILED", "Output", "clean", "dump_json", "quiet_transformers", "reporting"]
+__all__ = [
+    "DOES_NOT_FIT",
+    "EXIT_CODES",
+    "PARTLY_FAILED",
+    "Output",
+    "clean",
+    "dump_json",
+    "quiet_transformers",
+    "reporting",
+]
 
 PARTLY_FAILED = 1
 _USER_MISTAKE = 2
-_DAMAGED = 3
+_DAMAGED = DOES_NOT_FIT = 3
 _INTERRUPTED = 130
 
 EXIT_CODES = """\
