@@ -18,7 +18,7 @@ from tiny_tokenizers import llama3_tokenizer, plain_tokenizer
 from transformers import AutoModelForCausalLM
 
 from blockrag import codec
-from blockrag.errors import InputError, StoreError, StoreFullError
+from blockrag.errors import InputError, StoreFullError, UnsafeStoreError
 from blockrag.kv import BlockKV
 from blockrag.model.block_model import BlockModel
 from blockrag.model.facts import BlockAttentionFacts
@@ -238,17 +238,22 @@ def test_a_block_lost_after_materializing_is_computed_again(make_model: Make) ->
         assert generation.usage.blocks_reused == 0
 
 
-def test_a_closed_store_is_an_error_that_frees_the_cache(make_model: Make) -> None:
+class TamperedStore(MemoryStore):
+    """A store that finds something blockrag never wrote."""
+
+    def get_many(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
+        raise UnsafeStoreError("a pickled row")
+
+
+def test_an_unsafe_store_is_an_error_that_frees_the_cache(make_model: Make) -> None:
     model = make_model()
     prompt = prompt_of(LENGTHS, QUERY)
     model.generate(prompt, OPTIONS)
     held = model._pool.free_bytes
     assert held > 0
-    closed = MemoryStore()
-    closed.close()
     for _ in range(3):
-        with pytest.raises(StoreError, match="closed"):
-            model.generate(prompt, OPTIONS, store=closed)
+        with pytest.raises(UnsafeStoreError, match="pickled"):
+            model.generate(prompt, OPTIONS, store=TamperedStore())
         assert model._pool.free_bytes == held
 
 

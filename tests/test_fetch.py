@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_exactness import QUERY, oracle_greedy, prompt_of
 
-from blockrag.errors import StoreError
+from blockrag.errors import StoreError, UnsafeStoreError
 from blockrag.kernels.build import library, why_not
 from blockrag.model import fetch as fetch_module
 from blockrag.model.block_model import BlockModel
@@ -51,13 +51,14 @@ class GatedStore(MemoryStore):
         self.readers: set[int] = set()
         self.written: list[str] = []
         self.fails = 0
+        self.error: StoreError = StoreError("the medium is gone")
 
     def get_many(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
         self.asked.release()
         assert self.gate.wait(60)
         if self.fails:
             self.fails -= 1
-            raise StoreError("the medium is gone")
+            raise self.error
         self.read += keys
         self.readers.add(threading.get_ident())
         return super().get_many(keys)
@@ -121,13 +122,28 @@ def test_a_damaged_block_is_recomputed_whichever_thread_finds_it(make_model: Mak
 
 
 @pytest.mark.usefixtures("several_threads")
-def test_a_failing_store_fails_the_request_and_not_the_next_one(make_model: Make) -> None:
+def test_what_a_store_fails_to_read_is_computed_whichever_thread_finds_it(make_model: Make) -> None:
     model = make_model(kept_bytes=0)
     store = GatedStore()
     prompt = prompt_of(LENGTHS, QUERY)
     model.generate(prompt, OPTIONS, store=store)
     store.fails = 1
-    with pytest.raises(StoreError, match="the medium is gone"):
+    answer = model.generate(prompt, OPTIONS, store=store)
+    assert list(answer.token_ids) == oracle_greedy(model, prompt, 6)
+    assert 0 < answer.usage.store_failures < len(LENGTHS), "the others have been read"
+    assert answer.usage.blocks_computed == answer.usage.store_failures + 1
+    answer = model.generate(prompt, OPTIONS, store=store)
+    assert (answer.usage.blocks_reused, answer.usage.store_failures) == (len(LENGTHS), 0)
+
+
+@pytest.mark.usefixtures("several_threads")
+def test_an_unsafe_store_fails_the_request_and_not_the_next_one(make_model: Make) -> None:
+    model = make_model(kept_bytes=0)
+    store = GatedStore()
+    prompt = prompt_of(LENGTHS, QUERY)
+    model.generate(prompt, OPTIONS, store=store)
+    store.fails, store.error = 1, UnsafeStoreError("a pickled row")
+    with pytest.raises(UnsafeStoreError, match="a pickled row"):
         model.generate(prompt, OPTIONS, store=store)
     answer = model.generate(prompt, OPTIONS, store=store)
     assert list(answer.token_ids) == oracle_greedy(model, prompt, 6)
@@ -173,9 +189,9 @@ def test_requests_at_the_same_time_load_and_compute_each_block_once(make_model: 
 def test_waiters_take_over_when_the_one_they_wait_for_fails(make_model: Make) -> None:
     model = make_model(kept_bytes=0)
     store = GatedStore()
-    store.fails = 1
+    store.fails, store.error = 1, UnsafeStoreError("a pickled row")
     first, *others = answers_at_once(model, store, 3)
-    assert isinstance(first, StoreError)
+    assert isinstance(first, UnsafeStoreError)
     assert others == [oracle_greedy(model, prompt_of(LENGTHS, QUERY), 6)] * 2
     assert len(store.written) == len(LENGTHS)
 

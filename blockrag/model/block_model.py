@@ -29,14 +29,16 @@ from blockrag.model.guard import ForwardGuard
 from blockrag.model.identity import fingerprint_of
 from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
 from blockrag.model.materialize import MaterializeReport
+from blockrag.model.misses import MissExplanation, MissNotes
 from blockrag.model.oracle import oracle_logits
 from blockrag.model.pool import BufferPool, PoolStats, memory_share
 from blockrag.model.prefill import prefill_blocks
 from blockrag.model.profile import ModelProfile, Regime, positions_of, room_within, structure_of
-from blockrag.model.running import RunningPrompt
+from blockrag.model.running import OnMiss, RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.stream import ResultStream
 from blockrag.model.trained import TrainedRange
+from blockrag.model.usage import Usage
 from blockrag.model.verification import tolerance, verified_profile
 from blockrag.prompt import SegmentedPrompt, template_for
 from blockrag.stores import MemoryStore
@@ -44,6 +46,7 @@ from blockrag.stores import MemoryStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from blockrag.errors import StoreError
     from blockrag.fingerprint import Fingerprint
     from blockrag.kernels.at_rest import AtRest
     from blockrag.kv import BlockKV
@@ -91,16 +94,19 @@ class BlockModel:
             again; "full" here also loads models that cannot be composed.
         store: Where KV states are kept; by default 2 GiB of memory.
         precision: Precision at rest: "float32", "bfloat16", "float16", "int8" or "int4"; by default the computing
-            dtype where it has 16 bits, and float16 where it has 32. See docs/storage.md for what int8 and int4 change.
+            dtype where it has 16 bits, and float16 where it has 32. docs/guide/storage-and-sizing.md says what int8 and
+            int4 change.
         namespace: Blocks stored under one namespace are not found from another.
         facts: What is known of the checkpoint's block fine-tuning; `from_pretrained` reads it from the checkpoint.
         kept_bytes: Bytes of finished prompts whose passages stay composed for the next prompt that opens with the same
             ones in the same order; 0 for none. By default an eighth of the memory, on a host at most 4 GiB.
         device_pool: Where hot blocks stay on the model's GPU, as they are at rest; by default nowhere.
+        on_miss: What to do where passages of a prompt are not stored: "compute" them, answer in "full" attention, or
+            raise an "error". Every call can choose again.
 
     Raises:
         UnsupportedModelError: With attention="block", when the model's KV states cannot be composed exactly.
-        InputError: An attention or precision there is not.
+        InputError: An attention, precision or `on_miss` there is not.
 
     Warns:
         NotBlockFineTunedWarning: With attention="block", when the model is not known to be block-fine-tuned.
@@ -120,6 +126,7 @@ class BlockModel:
         facts: BlockAttentionFacts | None = None,
         kept_bytes: int | None = None,
         device_pool: DevicePool[AtRest] | None = None,
+        on_miss: OnMiss = "compute",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -129,6 +136,7 @@ class BlockModel:
         self.store: BlockStore = MemoryStore(max_bytes=_DEFAULT_STORE_BYTES) if store is None else store
         self.precision: Precision = _checked_precision(precision or default_precision(model.dtype))
         self.namespace = namespace
+        self.on_miss = _checked_on_miss(on_miss)
         self._kept_bytes = _checked_bytes(kept_bytes)
         self.device_pool = device_pool
         self._lock = ForwardGuard(model)
@@ -170,6 +178,7 @@ class BlockModel:
         block_fine_tuned: bool | None = None,
         kept_bytes: int | None = None,
         device_pool: DevicePool[AtRest] | None = None,
+        on_miss: OnMiss = "compute",
         revision: str | None = None,
     ) -> BlockModel:
         """Load a model from a directory or the Hugging Face hub.
@@ -186,6 +195,7 @@ class BlockModel:
             block_fine_tuned: Overrides what the checkpoint says of itself.
             kept_bytes: See `BlockModel`.
             device_pool: See `BlockModel`.
+            on_miss: See `BlockModel`.
             revision: Branch, tag or commit on the hub.
 
         Raises:
@@ -209,6 +219,7 @@ class BlockModel:
             facts=facts,
             kept_bytes=kept_bytes,
             device_pool=device_pool,
+            on_miss=on_miss,
         )
 
     @property
@@ -321,6 +332,7 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        on_miss: OnMiss | None = None,
         reencode: bool = ...,
     ) -> Generation: ...
 
@@ -332,6 +344,7 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        on_miss: OnMiss | None = None,
         batch_size: int = ...,
         max_batch_bytes: int | None = None,
         reencode: bool = ...,
@@ -344,6 +357,7 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        on_miss: OnMiss | None = None,
         batch_size: int = _BATCH_PROMPTS,
         max_batch_bytes: int | None = None,
         reencode: bool = True,
@@ -361,6 +375,8 @@ class BlockModel:
             options: How to generate.
             attention: "block" or "full"; by default the model's.
             store: Where blocks are kept; by default the model's store.
+            on_miss: What to do where passages are not stored; by default the model's. Unless that is "compute", prompts
+                are answered one after the other.
             batch_size: Prompts that decode together at most.
             max_batch_bytes: Bytes their caches may take together; by default an eighth of the memory, on a host at most
                 4 GiB. A prompt that needs more is answered by itself.
@@ -368,14 +384,24 @@ class BlockModel:
 
         Raises:
             PromptTooLongError: A prompt exceeds what the model can place; none is answered.
+            MissingBlockError: With on_miss="error", a passage of any prompt is not stored, or a stored copy is damaged.
+            NotFiniteError: The model computed NaN or infinity for a passage or a prompt.
             InputError: A limit is out of range.
         """
         if isinstance(prompt, SegmentedPrompt):
-            return self.stream(prompt, options, attention=attention, store=store, reencode=reencode).finish()
+            return self.stream(
+                prompt, options, attention=attention, store=store, on_miss=on_miss, reencode=reencode
+            ).finish()
         nbytes = memory_share(self.model.device) if max_batch_bytes is None else max_batch_bytes
         limits = BatchLimits(prompts=batch_size, nbytes=nbytes)
         return self._generate_all(
-            list(prompt), options or GenerationOptions(), self._mode(attention), store, limits, reencode=reencode
+            list(prompt),
+            options or GenerationOptions(),
+            self._mode(attention),
+            store,
+            limits,
+            on_miss=self._on_miss(on_miss),
+            reencode=reencode,
         )
 
     def stream(
@@ -385,11 +411,14 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        on_miss: OnMiss | None = None,
         reencode: bool = True,
     ) -> ResultStream[Chunk, Generation]:
         """Answer one prompt piece by piece; see `generate`. Nothing runs before the first piece is asked for."""
         mode = self._mode(attention)
-        return ResultStream(self._run(prompt, options or GenerationOptions(), mode, store, reencode=reencode))
+        chosen = self._on_miss(on_miss)
+        run = self._run(prompt, options or GenerationOptions(), mode, store, on_miss=chosen, reencode=reencode)
+        return ResultStream(run)
 
     async def agenerate(
         self,
@@ -398,9 +427,10 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        on_miss: OnMiss | None = None,
     ) -> Generation:
         """`generate` for one prompt, on the model's worker thread."""
-        stream = self.stream(prompt, options, attention=attention, store=store)
+        stream = self.stream(prompt, options, attention=attention, store=store, on_miss=on_miss)
         async for _ in self.on_worker(stream):
             pass
         return stream.result
@@ -412,13 +442,20 @@ class BlockModel:
         *,
         attention: Attention | None = None,
         store: BlockStore | None = None,
+        on_miss: OnMiss | None = None,
     ) -> AsyncIterator[Chunk]:
         """`stream`, on the model's worker thread; leaving the loop early frees the worker and the cache."""
-        async for chunk in self.on_worker(self.stream(prompt, options, attention=attention, store=store)):
+        stream = self.stream(prompt, options, attention=attention, store=store, on_miss=on_miss)
+        async for chunk in self.on_worker(stream):
             yield chunk
 
     def start(
-        self, *, attention: Attention | None = None, store: BlockStore | None = None, reencode: bool = True
+        self,
+        *,
+        attention: Attention | None = None,
+        store: BlockStore | None = None,
+        on_miss: OnMiss | None = None,
+        reencode: bool = True,
     ) -> RunningPrompt:
         """An empty running prompt, for conversations: extend it, let it answer, extend it again, close it."""
         mode = self._mode(attention)
@@ -433,6 +470,7 @@ class BlockModel:
             stop_ids=self.stop_ids,
             trained=self._trained,
             reencode=reencode,
+            on_miss=self._on_miss(on_miss),
         )
 
     async def on_worker(self, pieces: ClosableIterator[T]) -> AsyncIterator[T]:
@@ -446,6 +484,25 @@ class BlockModel:
                 yield piece
         finally:
             self._worker.submit(pieces.close)
+
+    def explain_misses(self, store: BlockStore | None = None, blocks: Sequence[Block] = ()) -> MissExplanation | None:
+        """Why a store may have none of this model's blocks: in what it differs from the model that wrote there.
+
+        The same is logged, once per store, when a prompt or an ingestion misses blocks.
+
+        Args:
+            store: The store; by default the model's.
+            blocks: Blocks to look for under the other model's fingerprint, in this model's namespace.
+
+        Returns:
+            What changed; None if the store has been written for this model, or for none.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        target = self.store if store is None else store
+        regime = self._composable().regimes[0]
+        return self._source.explain_misses(target, regime, [block.token_ids for block in blocks])
 
     def prompt_memory(self) -> PoolStats:
         """What finished prompts left in memory: passages kept composed, and buffers in reserve."""
@@ -478,9 +535,10 @@ class BlockModel:
         attention: Attention,
         store: BlockStore | None,
         *,
+        on_miss: OnMiss,
         reencode: bool,
     ) -> Generator[Chunk, None, Generation]:
-        running = self.start(attention=attention, store=store, reencode=reencode)
+        running = self.start(attention=attention, store=store, on_miss=on_miss, reencode=reencode)
         try:
             running.extend((prompt.as_full() if attention == "full" else prompt).blocks, room=options.max_new_tokens)
             return (yield from running.answer(options, prompt.stop))
@@ -495,20 +553,29 @@ class BlockModel:
         store: BlockStore | None,
         limits: BatchLimits,
         *,
+        on_miss: OnMiss,
         reencode: bool,
     ) -> list[Generation]:
         if attention == "full":
             prompts = [prompt.as_full() for prompt in prompts]
-        alone = partial(self.stream, options=options, attention=attention, store=store, reencode=reencode)
+        alone = partial(
+            self.stream, options=options, attention=attention, store=store, on_miss=on_miss, reencode=reencode
+        )
         profile = self.profile
         if profile is None:
             return [alone(prompt).finish() for prompt in prompts]
         groups = group_prompts(prompts, profile, options.max_new_tokens, dtype=self.model.dtype, limits=limits)
+        kept_in = self.store if store is None else store
+        if attention == "block" and on_miss != "compute":
+            if on_miss == "error":
+                self._require_passages(prompts, kept_in)
+            return [alone(prompt).finish() for prompt in prompts]
         if any(len(group) > 1 for group in groups) and not self._batches_exactly:
             groups = [[index] for index in range(len(prompts))]
         computed: set[tuple[str, tuple[int, ...]]] = set()
+        failures: list[StoreError] = []
         if attention == "block":
-            computed = self._materialize_together(prompts, self.store if store is None else store)
+            computed = self._materialize_together(prompts, kept_in, failures)
         generations: dict[int, Generation] = {}
         for group in groups:
             if len(group) == 1:
@@ -517,7 +584,7 @@ class BlockModel:
                 answered = answer_together(
                     [prompts[index] for index in group],
                     options,
-                    start=partial(self.start, attention=attention, store=store, reencode=reencode),
+                    start=partial(self.start, attention=attention, store=store, on_miss=on_miss, reencode=reencode),
                     profile=profile,
                     pool=self._pool,
                 )
@@ -528,6 +595,9 @@ class BlockModel:
             new = [block.token_ids for block in prompt.local_blocks if (regime, block.token_ids) in computed]
             generations[index].usage.charge(len(new), sum(map(len, new)))
             computed.difference_update((regime, ids) for ids in new)
+        if failures:
+            # They were no prompt's alone, and count once as well.
+            generations[0].usage.store_failures += len(failures)
         return [generations[index] for index in range(len(prompts))]
 
     @cached_property
@@ -553,9 +623,12 @@ class BlockModel:
         return BufferPool(max_bytes=max(share, kept), kept_bytes=kept)
 
     def _materialize_together(
-        self, prompts: Sequence[SegmentedPrompt], store: BlockStore
+        self, prompts: Sequence[SegmentedPrompt], store: BlockStore, failures: list[StoreError]
     ) -> set[tuple[str, tuple[int, ...]]]:
-        """Compute the blocks that are missing; returns the regime and the token ids of each."""
+        """Compute the blocks that are missing; returns the regime and the token ids of each.
+
+        What the store refuses is logged and added to `failures`; each prompt then looks after its blocks itself.
+        """
         profile = self._composable()
         by_regime: dict[str, list[Block]] = {}
         for prompt in prompts:
@@ -569,13 +642,28 @@ class BlockModel:
                     if not was_stored:
                         new.append(block.token_ids)
 
-                self._source.materialize(blocks, regime, store, note, must_store=False)
+                self._source.materialize(blocks, regime, store, note, must_store=False, failures=failures)
                 computed.update((regime.name, ids) for ids in new)
         return computed
+
+    def _require_passages(self, prompts: Sequence[SegmentedPrompt], store: BlockStore) -> None:
+        """Make sure that the passages of all prompts are stored, before any is answered.
+
+        Raises:
+            MissingBlockError: They are not.
+        """
+        profile = self._composable()
+        for regime in profile.regimes:
+            mine = [prompt for prompt in prompts if profile.regime_for(prompt.num_tokens) is regime]
+            blocks = [block for prompt in mine for block in prompt.local_blocks]
+            self._source.require_passages(blocks, regime, store, self.device_pool, Usage())
 
     def _shortest_regime(self, num_tokens: int) -> Regime:
         """The regime of the shortest prompt that can hold a block of that many tokens and a question."""
         return self._composable().regime_for(num_tokens + 1)
+
+    def _on_miss(self, on_miss: OnMiss | None) -> OnMiss:
+        return self.on_miss if on_miss is None else _checked_on_miss(on_miss)
 
     def _mode(self, attention: Attention | None) -> Attention:
         mode = self.attention if attention is None else _checked_attention(attention)
@@ -596,11 +684,11 @@ class BlockModel:
         return BlockSource(
             model=self.model,
             profile=self._composable(),
-            fingerprint=self.fingerprint.digest,
             precision=self.precision,
             namespace=self.namespace,
             batch_tokens=self._batch_tokens,
             lock=self._lock,
+            notes=MissNotes(self.fingerprint),
         )
 
     @cached_property
@@ -616,6 +704,12 @@ def _checked_attention(attention: Attention) -> Attention:
     if attention not in ("block", "full"):
         raise InputError(f'attention={attention!r} is neither "block" nor "full"')
     return attention
+
+
+def _checked_on_miss(on_miss: OnMiss) -> OnMiss:
+    if on_miss not in get_args(OnMiss):
+        raise InputError(f"on_miss={on_miss!r} is not one of {', '.join(map(repr, get_args(OnMiss)))}")
+    return on_miss
 
 
 def _checked_bytes(kept_bytes: int | None) -> int | None:

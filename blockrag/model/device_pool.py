@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -163,6 +164,11 @@ class DevicePool(Generic[T]):
             self._hits += 1
             self._entries.move_to_end(key)
             return self._lease(key, entry)
+
+    def held(self, keys: Iterable[str]) -> set[str]:
+        """The subset of `keys` that can be found now; does not count as a use."""
+        with self._lock:
+            return {key for key in keys if (entry := self._entries.get(key)) is not None and entry.published}
 
     def reserve(self, key: str, nbytes: int) -> Lease[T] | None:
         """Memory for a new block, to be filled in the link's queue of copies and published.

@@ -2,8 +2,8 @@
 
 Blocks in the store are read, verified and placed by several threads, each block by one of them, so that its bytes are
 still in the processor's cache from step to step. A stored copy that fails verification is a miss: it is recomputed,
-replaced, counted and logged. What another request is just loading or computing is waited for. Nothing here knows where
-a block goes: it is handed to the caller's function.
+replaced, counted and logged; so are blocks that the store fails to read. What another request is just loading or
+computing is waited for. Nothing here knows where a block goes: it is handed to the caller's function.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from blockrag import codec
-from blockrag.errors import DamagedBlockError
+from blockrag.errors import DamagedBlockError, StoreError, UnsafeStoreError
 from blockrag.model.readers import Dealer
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class _Share:
 
     missing: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
-    damaged: int = 0
+    damaged: list[str] = field(default_factory=list)
+    failures: list[StoreError] = field(default_factory=list)
     load_s: float = 0.0
     check_s: float = 0.0
     place_s: float = 0.0
@@ -84,6 +85,7 @@ class Fetch:
         place_pooled: Takes those that need not be fetched.
         usage: Counts are added to it.
         timings: Seconds are added to it.
+        damaged: Gets the keys of stored copies that failed verification.
     """
 
     places: dict[str, list[int]]
@@ -97,6 +99,7 @@ class Fetch:
     place_pooled: PlacePooled
     usage: Usage
     timings: GenerationTimings
+    damaged: list[str] = field(default_factory=list)
 
     def run(self, compute: Callable[[Sequence[str]], Iterator[tuple[str, StoredKV, int]]]) -> None:
         """Place every block.
@@ -135,10 +138,21 @@ class Fetch:
 
     def _load_share(self, dealer: Dealer[str], share: _Share, threads_per_block: int, unlanded: set[FlightKey]) -> None:
         while keys := dealer.take():
-            found = self.store.get_many(keys)
+            found: Iterator[tuple[str, memoryview | None]] | None = None
+            answered = 0
             while True:
                 started = time.perf_counter()
-                entry = next(found, None)
+                try:
+                    found = self.store.get_many(keys) if found is None else found
+                    entry = next(found, None)
+                except UnsafeStoreError:
+                    raise
+                except StoreError as error:
+                    # Whatever it has not answered counts as not there.
+                    share.missing += keys[answered:]
+                    share.failures += [error] * (len(keys) - answered)
+                    break
+                answered += 1
                 loaded = time.perf_counter()
                 share.load_s += loaded - started
                 if entry is None:
@@ -217,14 +231,19 @@ class Fetch:
         try:
             return codec.decode(data, key=key, fingerprint=self.fingerprint, layout=self.layout)
         except DamagedBlockError as error:
-            share.damaged += 1
+            share.damaged.append(key)
             logger.warning("block %s... is recomputed: %s", key[:12], error)
             return None
 
     def _count(self, shares: Sequence[_Share], wall_s: float) -> None:
         """Threads work at the same time: the time that passed is divided as their own times are."""
+        failures = [failure for share in shares for failure in share.failures]
+        if failures and not self.usage.store_failures:
+            logger.warning("%d blocks are computed, because the store cannot read them: %s", len(failures), failures[0])
+        self.usage.store_failures += len(failures)
         for share in shares:
-            self.usage.blocks_damaged += share.damaged
+            self.damaged.extend(share.damaged)
+            self.usage.blocks_damaged += len(share.damaged)
             for key in share.reused:
                 self._reuse(key)
         parts = [sum(getattr(share, name) for share in shares) for name in ("load_s", "check_s", "place_s")]

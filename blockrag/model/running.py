@@ -2,6 +2,7 @@
 
 `extend` takes blocks in order: a run of local blocks is fetched and composed, a global block goes through the model.
 `answer` then decodes. Both can alternate, which is a conversation: nothing already in the cache is computed again.
+What happens where a passage is not stored is decided here, before the first token (`OnMiss`).
 
 The decoding loop is ours rather than `generate`: it streams without a thread (an abandoned stream simply stops), its
 first token can be timed, and it cannot lose query tokens or drop the cache, as `generate` does in cases of its own.
@@ -14,23 +15,25 @@ ones in the same order. What they hold depends on nothing but those passages, so
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate, groupby, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from blockrag.compose import Composition
-from blockrag.errors import PromptTooLongError
+from blockrag.errors import InputError, MissingBlockError, PromptTooLongError
 from blockrag.model.answer import Chunk, Generation, OngoingAnswer
 from blockrag.model.cache import PromptCache
 from blockrag.model.profile import positions_of, room_within
 from blockrag.model.usage import GenerationTimings, Usage
+from blockrag.prompt import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,10 +45,18 @@ if TYPE_CHECKING:
     from blockrag.model.profile import Regime
     from blockrag.model.sampling import GenerationOptions
     from blockrag.model.trained import TrainedRange
-    from blockrag.prompt import Block
     from blockrag.stores.protocol import BlockStore
 
-__all__ = ["RunningPrompt"]
+__all__ = ["OnMiss", "RunningPrompt"]
+
+logger = logging.getLogger(__name__)
+
+OnMiss = Literal["compute", "full", "error"]
+"""What to do where passages of a prompt are not stored, or their stored copies are damaged.
+
+"compute": compute and store them. "full": answer in full attention. "error": raise MissingBlockError. Only passages
+count: what else a prompt is made of (its prefix, turns, separators) is short, is nobody's to ingest, and is computed.
+"""
 
 # Questions about the same passages differ a little in length; the next one should fit where this one was.
 _SLACK_TOKENS = 64
@@ -98,6 +109,7 @@ class RunningPrompt:
         reencode: Whether passages are moved to their positions in the prompt. Without it the keys of every local block
             stay at the positions 0, 1, ...: the paper's ablation ("w/o-pos"), of use for nothing but evaluation. Such a
             prompt neither finds composed passages nor leaves any.
+        on_miss: What to do where a passage is not stored.
     """
 
     model: PreTrainedModel
@@ -110,6 +122,7 @@ class RunningPrompt:
     stop_ids: frozenset[int]
     trained: TrainedRange
     reencode: bool = True
+    on_miss: OnMiss = "compute"
     usage: Usage = field(default_factory=Usage)
     timings: GenerationTimings = field(default_factory=GenerationTimings)
     token_ids: list[int] = field(default_factory=list)
@@ -125,6 +138,7 @@ class RunningPrompt:
     _placed: int = 0
     _started: float = 0.0
     _first_token_at: float = 0.0
+    _failed: bool = False
 
     def extend(self, blocks: Sequence[Block], *, room: int) -> None:
         """Append blocks to the prompt; afterwards `logits` are those after the last global block.
@@ -135,28 +149,33 @@ class RunningPrompt:
 
         Raises:
             PromptTooLongError: The prompt exceeds what the model can place.
+            MissingBlockError: A passage is not stored, with `on_miss="error"`.
+            InputError: An earlier call failed halfway: what the cache holds is no prompt.
 
         Warns:
             BeyondTrainingWarning: It exceeds what the model was block-fine-tuned on.
         """
+        if self._failed:
+            raise InputError("an error left this prompt unfinished; close it and start another")
         self._started = time.perf_counter()
         self.usage, self.timings = Usage(), GenerationTimings()
-        added = sum(len(block.token_ids) for block in blocks) + len(self._pending)
-        tokens = len(self.token_ids) - len(self._pending) + added
-        limit = self._admit(tokens)
-        self._composed += sum(block.local for block in blocks)
-        if self._composed:
-            self.trained.check(blocks=self._composed, tokens=tokens)
-        if self.cache is None:
-            leading = list(takewhile(lambda block: block.local, blocks))
-            self._open(leading, added, room if limit is None else min(room, limit), limit)
-            blocks = blocks[len(leading) :]
-        for is_local, run in groupby(blocks, key=lambda block: block.local):
-            if is_local:
-                self._compose(list(run))
-            else:
-                for block in run:
-                    self._forward_block(block.token_ids)
+        is_first = self.cache is None
+        try:
+            # Later on there is no way back from a block that turns out to be damaged: it is computed.
+            self._extend(blocks, room, must_find=self.on_miss == "error" or (self.on_miss == "full" and is_first))
+        except MissingBlockError as error:
+            if is_first:
+                self._start_over()
+            if self.on_miss != "full":
+                raise
+            logger.warning("the question is answered in full attention: %s", error)
+            spent = self.usage
+            self.usage = Usage(
+                blocks_missing=len(error.sources),
+                blocks_damaged=spent.blocks_damaged,
+                store_failures=spent.store_failures,
+            )
+            self._extend([_seen_whole(blocks)], room, must_find=False)
 
     def answer(self, options: GenerationOptions, stop: Sequence[str]) -> Generator[Chunk, None, Generation]:
         """Decode an answer; the generator's return value is the `Generation`.
@@ -257,23 +276,69 @@ class RunningPrompt:
         self._regime = regime
         return room
 
-    def _open(self, leading: list[Block], num_tokens: int, room: int, limit: int | None) -> None:
-        """Open the cache, with the run of local blocks the prompt of `num_tokens` tokens begins with."""
-        opening = self._opening_of(leading)
-        if opening is not None:
-            free = num_tokens - opening.num_tokens + room
-            self.cache = PromptCache.reopened(self.pool, opening, free=free)
-            room = room + _SLACK_TOKENS if limit is None else min(room + _SLACK_TOKENS, limit)
+    def _extend(self, blocks: Sequence[Block], room: int, *, must_find: bool) -> None:
+        """See `extend`; with `must_find`, a passage that is not stored is an error whenever it is noticed."""
+        added = sum(len(block.token_ids) for block in blocks) + len(self._pending)
+        tokens = len(self.token_ids) - len(self._pending) + added
+        limit = self._admit(tokens)
+        room = room if limit is None else min(room, limit)
+        composed = self._composed + sum(block.local for block in blocks)
+        leading: list[Block] = []
         if self.cache is None:
-            self.cache = self._new_cache(sum(len(block.token_ids) for block in leading), num_tokens + room)
-            if leading:
-                self._compose(leading)
-        elif opening is not None:
-            self.token_ids.extend(token for block in leading for token in block.token_ids)
-            self._placed = opening.num_tokens
-            self.usage.blocks_reused = self.usage.blocks_kept = len(opening.keys)
-            self.usage.tokens_reused = self.usage.tokens_kept = opening.num_tokens
+            leading = list(takewhile(lambda block: block.local, blocks))
+            opening = self._opening_of(leading)
+            if opening is not None and self._reopen(opening, leading, free=added - opening.num_tokens + room):
+                blocks, leading = blocks[len(leading) :], []
+        if self.on_miss != "compute":
+            self._require_passages(blocks)
+        self._failed = True
+        self._composed = composed
+        if composed:
+            self.trained.check(blocks=composed, tokens=tokens)
+        if self.cache is None:
+            slack = 0 if opening is None else _SLACK_TOKENS
+            room = room + slack if limit is None else min(room + slack, limit)
+            self.cache = self._new_cache(sum(len(block.token_ids) for block in leading), added + room)
+            self._compose(leading, must_find=must_find)
+            self._opening, blocks = opening, blocks[len(leading) :]
+        for is_local, run in groupby(blocks, key=lambda block: block.local):
+            if is_local:
+                self._compose(list(run), must_find=must_find)
+            else:
+                for block in run:
+                    self._forward_block(block.token_ids)
+        self._failed = False
+
+    def _reopen(self, opening: _Opening, leading: Sequence[Block], *, free: int) -> bool:
+        """Go on from a finished prompt that opened alike, if one is kept with room for `free` tokens more."""
+        self.cache = PromptCache.reopened(self.pool, opening, free=free)
+        if self.cache is None:
+            return False
+        self.token_ids.extend(token for block in leading for token in block.token_ids)
+        self._placed = opening.num_tokens
+        self.usage.blocks_reused = self.usage.blocks_kept = len(opening.keys)
+        self.usage.tokens_reused = self.usage.tokens_kept = opening.num_tokens
         self._opening = opening
+        return True
+
+    def _start_over(self) -> None:
+        """Be as empty as at first."""
+        self.close()
+        self.token_ids.clear()
+        self._pending.clear()
+        self._composed = self._placed = 0
+        self._regime = self._opening = None
+        self._failed = False
+
+    def _require_passages(self, blocks: Sequence[Block]) -> None:
+        """Make sure, before anything is computed, that the passages among some blocks are stored.
+
+        Raises:
+            MissingBlockError: They are not.
+        """
+        local = [block for block in blocks if block.local and block.token_ids]
+        if local and self.source is not None and self._regime is not None:
+            self.source.require_passages(local, self._regime, self.store, self.device_pool, self.usage)
 
     def _opening_of(self, leading: list[Block]) -> _Opening | None:
         source, regime = self.source, self._regime
@@ -296,7 +361,7 @@ class RunningPrompt:
             pool=self.pool,
         )
 
-    def _compose(self, blocks: list[Block]) -> None:
+    def _compose(self, blocks: list[Block], *, must_find: bool) -> None:
         """Fetch a run of local blocks and place them behind what the cache holds."""
         if self._pending:
             # The last turn's final token precedes the new passages.
@@ -319,6 +384,7 @@ class RunningPrompt:
             self.usage,
             self.timings,
             in_threads=composition.in_threads,
+            must_find_passages=must_find,
         )
         started = time.perf_counter()
         composition.finish()
@@ -359,6 +425,13 @@ class RunningPrompt:
             output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments)
         self._placed += len(token_ids)
         self.logits = output.logits[0, -1]
+
+
+def _seen_whole(blocks: Sequence[Block]) -> Block:
+    """Blocks as the one global block that full attention sees."""
+    seen = [block.as_global() for block in blocks]
+    token_ids = tuple(token for block in seen for token in block.token_ids)
+    return Block(token_ids, "".join(block.text for block in seen), local=False, kind="query")
 
 
 @cache

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from blockrag.errors import InputError
+from blockrag.errors import InputError, NotFiniteError
 
 __all__ = ["LEAST_TEMPERATURE", "PENALTIES", "GenerationOptions", "Sampler"]
 
@@ -141,7 +141,16 @@ class Sampler:
 
         Returns:
             A token id.
+
+        Raises:
+            NotFiniteError: A logit is NaN, or none is finite: no token is likelier than another.
         """
+        # The largest of several numbers is NaN if one of them is.
+        if not -torch.inf < float(logits.max()) < torch.inf:
+            raise NotFiniteError(
+                "the model's logits hold NaN or infinity, so that no answer can be chosen; compute in float32 or "
+                "bfloat16 and check the weights"
+            )
         scores = logits[None]
         if self._processors:
             ids = torch.tensor([list(token_ids)], device=logits.device)

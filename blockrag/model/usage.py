@@ -14,13 +14,17 @@ class Usage:
     `tokens_reused` came from the store and were not computed; `tokens_computed` went through the model before the
     first token of the answer (missing blocks and global blocks). `blocks_kept` and `tokens_kept`, among those reused,
     were still in place from an earlier prompt that opened with the same blocks: neither read nor composed.
-    `blocks_damaged` are stored copies that failed verification; they are among `blocks_computed`.
+    `blocks_damaged` are stored copies that failed verification; they are among `blocks_computed`. `blocks_missing` are
+    passages that were not stored or damaged where such a prompt is answered in full attention (`on_miss="full"`): if
+    there are any, this one was. `store_failures` are reads and writes of blocks that an error of the store prevented.
     """
 
     blocks_reused: int = 0
     blocks_computed: int = 0
     blocks_kept: int = 0
     blocks_damaged: int = 0
+    blocks_missing: int = 0
+    store_failures: int = 0
     tokens_reused: int = 0
     tokens_kept: int = 0
     tokens_computed: int = 0
