@@ -65,7 +65,9 @@ def verify(checked: Checked, *, fix: bool) -> StoreReport:
         # What such a row names may be another row's file; if it is nobody's, it is swept.
         with checked.write() as discard:
             checked.index.drop([(rowid, None) for rowid, _ in foreign], discard)
-    report = check_blocks(cast("BlockStore", _SoundBlocks(checked)), fix=fix)
+    blocks = _SoundBlocks(checked)
+    report = check_blocks(cast("BlockStore", blocks), fix=fix)
+    faults += blocks.unreadable
     faults += _strays(checked, fix=fix)
     faults += _totals(checked, fix=fix)
     faults += _fingerprints(checked, fix=fix)
@@ -96,12 +98,25 @@ def _integrity(index: Index) -> list[str]:
 
 
 class _SoundBlocks:
-    """The store without the rows that it would refuse to read, each of which has its own line in the report."""
+    """The store without what must not be judged, or deleted, as a block: each has its own line in the report.
+
+    These are rows that the store refuses to read, and value files that are there but cannot be read just now: too many
+    open files are no reason to delete blocks.
+    """
 
     def __init__(self, checked: Checked) -> None:
-        self._index = checked.index
-        store = checked.store
-        self.url, self.get_many, self.delete_many = store.url, store.get_many, store.delete_many
+        self._index, self._store = checked.index, checked.store
+        self.url, self.delete_many = checked.store.url, checked.store.delete_many
+        self.unreadable: list[Fault] = []
+
+    def get_many(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
+        """Each key with its block, or None where that is gone."""
+        for key, data in self._store.get_many(keys):
+            row = self._index.rows([key]).get(key) if data is None else None
+            if row is not None and row.filename is not None and self._index.values.length(row.filename) == row.size:
+                self.unreadable.append(Fault("unreadable", key, f"{row.filename} is there and cannot be read"))
+            else:
+                yield key, data
 
     def keys(self) -> Iterator[str]:
         """The keys of the rows that are sound, and whose key no other row has."""

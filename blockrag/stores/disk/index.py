@@ -31,7 +31,10 @@ __all__ = ["DBNAME", "Discard", "Index", "check_schema", "chunks", "marks"]
 Discard = Callable[["str | None"], None]
 """Takes the name of a value file to remove once the transaction has committed; None is ignored."""
 
-_ROWS_PER_QUERY: Final = 64
+# Older builds of SQLite take 999 values in one query.
+_ROWS_PER_QUERY: Final = 512
+# With their values: a small one may have 32 KiB.
+_VALUES_PER_QUERY: Final = 64
 _SETTINGS: Final[dict[str, int | str]] = {
     "statistics": 0,
     "tag_index": 0,
@@ -236,10 +239,10 @@ def marks(values: Sequence[object]) -> str:
     return ",".join("?" * len(values))
 
 
-def chunks(values: Iterable[str]) -> Iterator[list[str]]:
-    """The values in portions of what one query takes."""
-    iterator = iter(values)
-    while chunk := list(islice(iterator, _ROWS_PER_QUERY)):
+def chunks(keys: Iterable[str], *, with_values: bool = False) -> Iterator[list[str]]:
+    """The keys, or file names, in portions of what one query takes; fewer where it brings the values."""
+    iterator = iter(keys)
+    while chunk := list(islice(iterator, _VALUES_PER_QUERY if with_values else _ROWS_PER_QUERY)):
         yield chunk
 
 

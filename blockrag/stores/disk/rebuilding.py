@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diskcache.core import MODE_BINARY
 
-from blockrag.errors import DamagedBlockError
+from blockrag.errors import DamagedBlockError, StoreError
 from blockrag.stores.disk.directory import REBUILDING, claim, create, only_writer
 from blockrag.stores.disk.failures import FAILURES, translated
 from blockrag.stores.disk.index import DBNAME, Index
@@ -38,7 +38,7 @@ def rebuild_index(path: str | os.PathLike[str], *, files: StoreFiles | None = No
         How many blocks the new index has. Files that hold no sound block are left for the sweep.
 
     Raises:
-        StoreError: The directory is no store, or cannot be written.
+        StoreError: The directory is no store, or cannot be written, or a value file cannot be read.
     """
     files = files or StoreFiles()
     root = claim(Path(path), files)
@@ -69,6 +69,8 @@ def _sound_blocks(root: str, files: StoreFiles) -> dict[str, tuple[Row, float]]:
         opened = values.open(name, status.st_size)
         data = None if opened is None else values.read(opened, buffer)
         if data is None:
+            if values.length(name) == status.st_size:
+                raise StoreError(f"cannot read {root}/{name}, see the log; the index stays as it is until it can")
             continue
         try:
             key = codec.read_header(data).key

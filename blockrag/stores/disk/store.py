@@ -326,7 +326,7 @@ class DiskStore:
         pending: deque[tuple[str, Row | None, OpenValue | None]] = deque()
         buffer = Buffer()
         try:
-            for chunk in chunks(keys):
+            for chunk in chunks(keys, with_values=True):
                 rows = self._rows(chunk)
                 for key in chunk:
                     row, opened = rows.get(key), None

@@ -60,7 +60,8 @@ def strays(root: str, index: Index, files: StoreFiles, *, before: float, remove:
     for rows in index.every("filename") if old else ():
         old.difference_update(name for _, name in rows)
     found: list[str] = []
-    for portion in chunks(sorted(old)):
+    # Each takes a handle while it is looked at.
+    for portion in chunks(sorted(old), with_values=True):
         locked: dict[str, int] = {}
         try:
             for name in portion:
