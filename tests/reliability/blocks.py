@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ def key(number: int) -> str:
     return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=32).hexdigest()
 
 
-@cache
+@lru_cache(maxsize=1024)
 def block(number: int, size: int) -> bytes:
     """An encoded block of `size` bytes, a multiple of 32 and more than a header."""
     tokens = (size - HEADER_BYTES) // _TOKEN_BYTES

@@ -55,7 +55,8 @@ def flip_index(directory: str, flips: int, seed: int) -> dict[str, int]:
     """Random bits of the index, and of the write-ahead log of a killed writer: open, read, check and write each time.
 
     Returns:
-        How many reads gave what; "refused to open", "refused to read", "refused to write" for typed errors; and "reads".
+        How many "reads" there were and how many gave what; "refused to open", "refused to read", "refused to write" for
+        typed errors.
     """
     root = Path(directory)
     _fill_and_die(root)

@@ -1,4 +1,4 @@
-"""One flipped bit, anywhere in a store: a reader gets the right block, a typed error or nothing, never a wrong block."""
+"""One flipped bit anywhere in a store: a reader gets the right block, a typed error or nothing, never another block."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_no_flip_in_the_index_gives_a_wrong_block(fast_path, scale, record):
         "bit flips in the index and its write-ahead log",
         tried=flips,
         unit="flips",
-        result=f"0 wrong blocks in {counts['reads']:,} reads, 0 crashes; {counts['right']:,} right, {counts['missing']:,} "
-        f"missed, {counts['refused']:,} refused by the codec, {refused:,} typed errors",
+        result=f"0 wrong blocks in {counts['reads']:,} reads, 0 crashes; {counts['right']:,} right, "
+        f"{counts['missing']:,} missed, {counts['refused']:,} refused by the codec, {refused:,} typed errors",
     )
 
 

@@ -20,6 +20,6 @@ def test_writers_and_readers_that_are_killed_at_random(tmp_path, scale, record):
         "4 writers and 4 readers in processes, killed at random, with a byte budget",
         tried=seconds,
         unit="seconds",
-        result=f"{counts['kills']:,} kills, {counts['reads']:,} reads, {counts['puts']:,} writes: 0 wrong, 0 lock errors, "
-        "never beyond the budget; sound afterwards",
+        result=f"{counts['kills']:,} kills, {counts['reads']:,} reads, {counts['puts']:,} writes: 0 wrong, "
+        "0 lock errors, never beyond the budget; sound afterwards",
     )
