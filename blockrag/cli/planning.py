@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from blockrag.model.block_model import BlockModel
     from blockrag.model.outline import ModelOutline
     from blockrag.planning import Plan
-    from blockrag.planning.plan import Speed
+    from blockrag.planning.planner import Speed
 
 __all__ = ["plan"]
 
@@ -76,8 +76,8 @@ def plan(
                 raise InputError(f"there is no file or folder {str(source)!r}; pass paths that exist")
         from blockrag.encoders import open_encoder
         from blockrag.ingest import RichProgress
-        from blockrag.planning.plan import Workload
-        from blockrag.planning.plan import plan as make_plan
+        from blockrag.planning.planner import Workload
+        from blockrag.planning.planner import plan as make_plan
         from blockrag.planning.target import Target
         from blockrag.stores import parse_bytes
 
@@ -233,7 +233,7 @@ def _budgets(made: Plan) -> Table:
 
 
 def _no_room(made: Plan) -> str:
-    from blockrag.planning.plan import USABLE_SHARE
+    from blockrag.planning.planner import USABLE_SHARE
 
     free = made.free_bytes or 0
     return (
