@@ -7,6 +7,7 @@ r"""The `blockrag` command: every part of the library that is worth a command li
     indexing.py   ingest, stats, delete
     asking.py     query, chat
     verifying.py  verify
+    checking_store.py   verify-store
     planning.py   plan
     batch.py, generating.py   generate
     serving.py    serve
@@ -29,6 +30,7 @@ import typer
 from blockrag import __version__
 from blockrag.cli.asking import chat, query
 from blockrag.cli.benching import bench
+from blockrag.cli.checking_store import verify_store
 from blockrag.cli.data import data
 from blockrag.cli.demo import demo
 from blockrag.cli.evaluating import evaluate
@@ -54,6 +56,7 @@ app = typer.Typer(
 )
 for _command in (demo, plan, ingest, query, chat, stats, delete, verify, generate, finetune, presets, serve):
     app.command(epilog=EXIT_CODES, no_args_is_help=False)(_command)
+app.command(name="verify-store", epilog=EXIT_CODES, no_args_is_help=False)(verify_store)
 app.command(name="eval", epilog=EXIT_CODES, no_args_is_help=False)(evaluate)
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")

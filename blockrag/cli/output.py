@@ -27,6 +27,7 @@ __all__ = [
     "DOES_NOT_FIT",
     "EXIT_CODES",
     "PARTLY_FAILED",
+    "UNUSABLE",
     "Output",
     "clean",
     "dump_json",
@@ -36,7 +37,7 @@ __all__ = [
 
 PARTLY_FAILED = 1
 _USER_MISTAKE = 2
-_DAMAGED = DOES_NOT_FIT = 3
+UNUSABLE = DOES_NOT_FIT = 3
 _INTERRUPTED = 130
 
 EXIT_CODES = """\
@@ -187,7 +188,7 @@ def quiet_transformers() -> None:
 def _exit_code(error: BlockRAGError) -> int:
     if isinstance(error, UnsupportedModelError):
         return PARTLY_FAILED
-    return _DAMAGED if isinstance(error, (StoreError, PassageIndexError)) else _USER_MISTAKE
+    return UNUSABLE if isinstance(error, (StoreError, PassageIndexError)) else _USER_MISTAKE
 
 
 class _LogLines(logging.Handler):

@@ -32,7 +32,7 @@ from blockrag.index.schema import SCHEMA_VERSION, TABLES, connect, schema_proble
 from blockrag.index.vectors import Rows
 from blockrag.passage import Passage
 
-__all__ = ["SUPERSEDED", "PassageDatabase", "StoredPassage", "TermCounts", "encode_metadata", "peek"]
+__all__ = ["SUPERSEDED", "PassageDatabase", "StoredPassage", "TermCounts", "encode_metadata", "fact_digests", "peek"]
 
 SUPERSEDED = "superseded"
 """The fingerprint under which a document's mark lies among its content hashes: no fingerprint is this word, and
@@ -81,7 +81,10 @@ def peek(path: Path) -> tuple[str, int] | None:
             raise ValueError(f"its vectors have {dimension} dimensions")
         return str(facts["encoder"]), dimension
     except (OSError, sqlite3.Error, KeyError, TypeError, ValueError) as error:
-        raise PassageIndexError(f"{path} is no passage index ({error}); pass another directory") from error
+        raise PassageIndexError(
+            f"{path} is no passage index ({error}); pass another directory, or delete this one and ingest the documents "
+            "again"
+        ) from error
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -127,7 +130,7 @@ class PassageDatabase:
     def _prepare(self, encoder: str) -> None:
         if self._path is not None:
             self._refuse_cut(self._path)
-            self._run("PRAGMA journal_mode = WAL")
+            self.run("PRAGMA journal_mode = WAL")
             self._file = _identity(self._path)
         with self.transaction():
             with self._translated():
@@ -141,9 +144,9 @@ class PassageDatabase:
 
     def _create(self, encoder: str) -> None:
         for sql in TABLES.values():
-            self._run(sql)
+            self.run(sql)
         facts = {"schema": SCHEMA_VERSION, "encoder": encoder, "dimension": str(self._dimension), "stamp": "0:new"}
-        self._many("INSERT INTO meta VALUES (?, ?)", facts.items())
+        self.run_many("INSERT INTO meta VALUES (?, ?)", facts.items())
 
     def _check_meta(self, encoder: str) -> None:
         schema, name, dimension = (self._meta(key) for key in ("schema", "encoder", "dimension"))
@@ -163,7 +166,7 @@ class PassageDatabase:
 
         By its length alone: closing a second handle would drop the locks of every other connection of this process.
         """
-        ((page_size,),) = self._run("PRAGMA page_size")
+        ((page_size,),) = self.run("PRAGMA page_size")
         try:
             log = path.with_name(path.name + "-wal")
             if log.exists() and log.stat().st_size:
@@ -202,10 +205,10 @@ class PassageDatabase:
             if joins:
                 yield
                 return
-            self._run("BEGIN IMMEDIATE" if writing else "BEGIN")
+            self.run("BEGIN IMMEDIATE" if writing else "BEGIN")
             try:
                 yield
-                self._run("COMMIT")
+                self.run("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -237,8 +240,8 @@ class PassageDatabase:
             "documents again"
         )
 
-    def _run(self, sql: str, values: Sequence[object] = (), types: tuple[type, ...] = ()) -> list[Any]:
-        """All results of a statement; with `types`, each of exactly these.
+    def run(self, sql: str, values: Sequence[object] = (), types: tuple[type, ...] = ()) -> list[Any]:
+        """All results of a statement, for this room and its check; with `types`, each of exactly these.
 
         SQLite keeps any type in any column, and a damaged page can be reached twice: what comes back is not taken for
         what was written.
@@ -257,22 +260,23 @@ class PassageDatabase:
                     raise self._damaged(f"a row holds {row!r:.100}")
         return results
 
-    def _many(self, sql: str, values: Iterable[Sequence[object]]) -> None:
+    def run_many(self, sql: str, values: Iterable[Sequence[object]]) -> None:
+        """Run a statement once for each of `values`."""
         with self._lock, self._translated():
             self._connection.executemany(sql, values)
 
-    def _with_list(self, sql: str, values: Collection[object], types: tuple[type, ...] = ()) -> list[Any]:
+    def run_with_list(self, sql: str, values: Collection[object], types: tuple[type, ...] = ()) -> list[Any]:
         """All results of `sql`, whose "(?)" stands for a list of any length."""
         results: list[Any] = []
         pending = list(values)
         with self._lock:
             for start in range(0, len(pending), _VALUES_AT_ONCE):
                 some = pending[start : start + _VALUES_AT_ONCE]
-                results += self._run(sql.replace("(?)", f"({','.join('?' * len(some))})"), some, types)
+                results += self.run(sql.replace("(?)", f"({','.join('?' * len(some))})"), some, types)
         return results
 
     def _meta(self, name: str) -> str:
-        rows = self._run("SELECT value FROM meta WHERE name = ?", (name,), (str,))
+        rows = self.run("SELECT value FROM meta WHERE name = ?", (name,), (str,))
         if not rows:
             raise self._damaged(f"it lacks {name!r}")
         return str(rows[0][0])
@@ -305,12 +309,12 @@ class PassageDatabase:
 
     def count(self) -> tuple[int, int]:
         """Numbers of passages and of documents."""
-        (counts,) = self._run("SELECT (SELECT count(*) FROM passage), (SELECT count(*) FROM document)")
+        (counts,) = self.run("SELECT (SELECT count(*) FROM passage), (SELECT count(*) FROM document)")
         return int(counts[0]), int(counts[1])
 
     def size_bytes(self) -> int:
         """Bytes of all database pages."""
-        (pages,), (size,) = self._run("PRAGMA page_count")[0], self._run("PRAGMA page_size")[0]
+        (pages,), (size,) = self.run("PRAGMA page_count")[0], self.run("PRAGMA page_size")[0]
         return int(pages * size)
 
     def embeddings(self, rows: Rows) -> tuple[Rows, Vectors]:
@@ -319,7 +323,7 @@ class PassageDatabase:
         # The length is known without reading the vector, which in a damaged file could be as long as the file.
         sql = f"""SELECT row, CASE WHEN typeof(vector) = 'blob' AND length(vector) = {wanted} THEN vector END
                   FROM embedding WHERE row IN (?)"""
-        found = sorted(self._with_list(sql, rows.tolist()), key=lambda pair: pair[0])
+        found = sorted(self.run_with_list(sql, rows.tolist()), key=lambda pair: pair[0])
         for row, vector in found:
             if vector is None:
                 raise self._damaged(f"the embedding of row {row} is not {wanted} bytes long")
@@ -339,31 +343,39 @@ class PassageDatabase:
     def passages_at(self, rows: Collection[int]) -> dict[int, Passage]:
         """The passages of `rows`, by row; rows that are gone are left out."""
         sql = "SELECT row, id, text, title, document_id, metadata FROM passage WHERE row IN (?)"
-        return {row: self._passage(*columns) for row, *columns in self._with_list(sql, rows, (int, *_TEXTS))}
+        return {row: self._passage(*columns) for row, *columns in self.run_with_list(sql, rows, (int, *_TEXTS))}
 
     def passage(self, passage_id: str) -> Passage | None:
         """The passage of this id."""
         sql = "SELECT id, text, title, document_id, metadata FROM passage WHERE id = ?"
-        found = self._run(sql, (passage_id,), _TEXTS)
+        found = self.run(sql, (passage_id,), _TEXTS)
         return self._passage(*found[0]) if found else None
 
     def passages(self, document_id: str | None) -> Iterator[Passage]:
         """A document's passages in order, or all passages by row; read a page at a time, without holding the lock."""
         if document_id is None:
-            yield from (passage for _, passage in self.numbered_passages())
+            sql = f"""SELECT row, id, text, title, document_id, metadata FROM passage
+                      WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"""
+            for page in self._pages(sql, (int, *_TEXTS)):
+                yield from [self._passage(*columns) for _, *columns in page]
             return
         sql = "SELECT id, text, title, document_id, metadata FROM passage WHERE document_id = ? ORDER BY ordinal, row"
-        yield from [self._passage(*columns) for columns in self._run(sql, (document_id,), _TEXTS)]
+        yield from [self._passage(*columns) for columns in self.run(sql, (document_id,), _TEXTS)]
 
-    def numbered_passages(self) -> Iterator[tuple[int, Passage]]:
-        """All passages by row, with it; read a page at a time, without holding the lock."""
-        sql = f"""SELECT row, id, text, title, document_id, metadata FROM passage
-                  WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"""
+    def passage_rows(self) -> Iterator[list[int]]:
+        """The rows of all passages, a page at a time."""
+        sql = f"SELECT row FROM passage WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"
+        for page in self._pages(sql, (int,)):
+            yield [row for (row,) in page]
+
+    def _pages(self, sql: str, types: tuple[type, ...]) -> Iterator[list[Any]]:
+        """The results of a statement that goes on behind the row which it is given."""
         last = 0
-        while page := self._run(sql, (last,), (int, *_TEXTS)):
+        while page := self.run(sql, (last,), types):
+            # In a damaged file the way could lead back, and go on for ever.
             self._check_ascending(np.array([last, *(row for row, *_ in page)], dtype=np.int64))
             last = page[-1][0]
-            yield from [(row, self._passage(*columns)) for row, *columns in page]
+            yield page
 
     def _passage(self, id: str, text: str, title: str, document_id: str, metadata: str) -> Passage:
         try:
@@ -381,17 +393,17 @@ class PassageDatabase:
         """A document's passages with their rows, in order."""
         sql = """SELECT row, ordinal, id, title, text, metadata, document_id FROM passage
                  WHERE document_id = ? ORDER BY ordinal, row"""
-        return [StoredPassage(*columns) for columns in self._run(sql, (document_id,), (int, int, *_TEXTS))]
+        return [StoredPassage(*columns) for columns in self.run(sql, (document_id,), (int, int, *_TEXTS))]
 
     def stored_passages(self, passage_ids: Collection[str]) -> list[StoredPassage]:
         """Those of these passages that are there, in no particular order."""
         sql = "SELECT row, ordinal, id, title, text, metadata, document_id FROM passage WHERE id IN (?)"
-        return [StoredPassage(*columns) for columns in self._with_list(sql, passage_ids, (int, int, *_TEXTS))]
+        return [StoredPassage(*columns) for columns in self.run_with_list(sql, passage_ids, (int, int, *_TEXTS))]
 
     def rows_of(self, passage_ids: Collection[str]) -> dict[str, tuple[int, str]]:
         """Row and document of each of these passages that is there."""
         sql = "SELECT id, row, document_id FROM passage WHERE id IN (?)"
-        found = self._with_list(sql, passage_ids, (str, int, str))
+        found = self.run_with_list(sql, passage_ids, (str, int, str))
         return {id: (row, document_id) for id, row, document_id in found}
 
     def documents(self) -> list[DocumentInfo]:
@@ -400,25 +412,25 @@ class PassageDatabase:
                         coalesce((SELECT content_hash FROM document_hash
                                   WHERE document_id = document.id AND fingerprint = ''), '')
                  FROM document ORDER BY document.id"""
-        return [DocumentInfo(*columns) for columns in self._run(sql, (), (str, int, str))]
+        return [DocumentInfo(*columns) for columns in self.run(sql, (), (str, int, str))]
 
     def document_hash(self, document_id: str, fingerprint: str) -> str | None:
         """The content hash recorded for a document under a fingerprint; "" for a document without one under ""."""
         sql = """SELECT content_hash FROM document LEFT JOIN document_hash ON document_id = id AND fingerprint = ?
                  WHERE id = ?"""
-        found = self._run(sql, (fingerprint, document_id))
+        found = self.run(sql, (fingerprint, document_id))
         if not found or (found[0][0] is None and fingerprint):
             return None
         return str(found[0][0] or "")
 
     def superseded(self) -> set[str]:
         """The documents that are marked to be replaced."""
-        found = self._run("SELECT document_id FROM document_hash WHERE fingerprint = ?", (SUPERSEDED,), (str,))
+        found = self.run("SELECT document_id FROM document_hash WHERE fingerprint = ?", (SUPERSEDED,), (str,))
         return {document_id for (document_id,) in found}
 
     def is_document(self, document_id: str) -> bool:
         """Whether the document exists, be it without passages."""
-        return bool(self._run("SELECT 1 FROM document WHERE id = ?", (document_id,)))
+        return bool(self.run("SELECT 1 FROM document WHERE id = ?", (document_id,)))
 
     def copy_to(self, path: Path) -> None:
         """Make the file at `path` a copy of this database, whatever it held; a crash leaves what it held.
@@ -439,9 +451,9 @@ class PassageDatabase:
     def block_keys(self, fingerprint: str | None) -> set[str]:
         """All block keys, or those recorded under one fingerprint."""
         if fingerprint is None:
-            return {key for (key,) in self._run("SELECT DISTINCT key FROM block", (), (str,))}
+            return {key for (key,) in self.run("SELECT DISTINCT key FROM block", (), (str,))}
         sql = "SELECT DISTINCT key FROM block WHERE fingerprint = ?"
-        return {key for (key,) in self._run(sql, (fingerprint,), (str,))}
+        return {key for (key,) in self.run(sql, (fingerprint,), (str,))}
 
     def matching(self, where: Mapping[str, object]) -> Rows:
         """Rows whose passage has all these facts, ascending; "document_id" is the passage's own."""
@@ -456,7 +468,7 @@ class PassageDatabase:
             else:
                 clauses.append("SELECT row FROM fact WHERE digest = ?")
                 values.append(_fact_digest(name, _plain(name, value)))
-        found = self._run(" INTERSECT ".join(clauses), values, (int,))
+        found = self.run(" INTERSECT ".join(clauses), values, (int,))
         return np.array(sorted(row for (row,) in found), dtype=np.int64)
 
     # -- writing, inside a transaction --------------------------------------------------------------------------------
@@ -467,7 +479,7 @@ class PassageDatabase:
         number, _, _ = stamp.partition(":")
         if not (number.isascii() and number.isdigit() and len(number) < 20):
             raise self._damaged(f"its stamp is {stamp!r:.60}")
-        self._run("UPDATE meta SET value = ? WHERE name = 'stamp'", (f"{int(number) + 1}:{secrets.token_hex(8)}",))
+        self.run("UPDATE meta SET value = ? WHERE name = 'stamp'", (f"{int(number) + 1}:{secrets.token_hex(8)}",))
 
     def insert(self, passage: Passage, ordinal: int, vector: Vectors) -> int:
         """Insert one passage with its vector `[dimension]` float32; returns its row."""
@@ -476,7 +488,7 @@ class PassageDatabase:
         with self._lock, self._translated():
             values = (passage.id, passage.document_id, ordinal, passage.title, passage.text, metadata)
             row = self._connection.execute(sql, values).lastrowid or 0
-        self._run("INSERT INTO embedding VALUES (?, ?)", (row, vector.astype("<f4", copy=False).tobytes()))
+        self.run("INSERT INTO embedding VALUES (?, ?)", (row, vector.astype("<f4", copy=False).tobytes()))
         self._insert_facts(row, metadata)
         return row
 
@@ -485,45 +497,46 @@ class PassageDatabase:
         metadata = encode_metadata(passage)
         if (ordinal, metadata) == (stored.ordinal, stored.metadata):
             return
-        self._run("UPDATE passage SET ordinal = ?, metadata = ? WHERE row = ?", (ordinal, metadata, stored.row))
+        self.run("UPDATE passage SET ordinal = ?, metadata = ? WHERE row = ?", (ordinal, metadata, stored.row))
         if metadata != stored.metadata:
-            self._run("DELETE FROM fact WHERE row = ?", (stored.row,))
+            self.run("DELETE FROM fact WHERE row = ?", (stored.row,))
             self._insert_facts(stored.row, metadata)
 
     def _insert_facts(self, row: int, metadata: str) -> None:
-        facts = json.loads(metadata)
-        self._many("INSERT INTO fact VALUES (?, ?)", [(_fact_digest(name, facts[name]), row) for name in facts])
+        self.run_many(
+            "INSERT INTO fact VALUES (?, ?)", [(digest, row) for digest in fact_digests(json.loads(metadata))]
+        )
 
     def delete(self, rows: Sequence[int]) -> set[str]:
         """Delete passages with all that hangs on them; returns the block keys they had."""
-        keys = {key for (key,) in self._with_list("SELECT key FROM block WHERE row IN (?)", rows, (str,))}
-        self._with_list("DELETE FROM passage WHERE row IN (?)", rows)
+        keys = {key for (key,) in self.run_with_list("SELECT key FROM block WHERE row IN (?)", rows, (str,))}
+        self.run_with_list("DELETE FROM passage WHERE row IN (?)", rows)
         return keys
 
     def put_document(self, document_id: str) -> None:
         """Make sure the document exists."""
-        self._run("INSERT OR IGNORE INTO document VALUES (?)", (document_id,))
+        self.run("INSERT OR IGNORE INTO document VALUES (?)", (document_id,))
 
     def delete_document(self, document_id: str) -> None:
         """Delete a document whose passages are deleted."""
-        self._run("DELETE FROM document WHERE id = ?", (document_id,))
+        self.run("DELETE FROM document WHERE id = ?", (document_id,))
 
     def delete_if_empty(self, document_ids: Collection[str]) -> None:
         """Delete those of these documents that have no passages."""
         sql = """DELETE FROM document WHERE id IN (?)
                  AND NOT EXISTS (SELECT 1 FROM passage WHERE document_id = document.id)"""
-        self._with_list(sql, document_ids)
+        self.run_with_list(sql, document_ids)
 
     def delete_everything(self) -> set[str]:
         """Delete all documents with all that hangs on them; returns the block keys they had."""
         keys = self.block_keys(None)
-        self._run("DELETE FROM document")
-        self._run("DELETE FROM term")
+        self.run("DELETE FROM document")
+        self.run("DELETE FROM term")
         return keys
 
     def forget_hashes(self, document_id: str) -> None:
         """Drop all content hashes of a document, because its passages changed; a mark stays."""
-        self._run("DELETE FROM document_hash WHERE document_id = ? AND fingerprint != ?", (document_id, SUPERSEDED))
+        self.run("DELETE FROM document_hash WHERE document_id = ? AND fingerprint != ?", (document_id, SUPERSEDED))
 
     def mark_superseded(self, document_id: str) -> None:
         """Mark a document that exists."""
@@ -531,37 +544,39 @@ class PassageDatabase:
 
     def unmark_superseded(self, document_id: str) -> None:
         """Take the mark from a document that may have one."""
-        self._run("DELETE FROM document_hash WHERE document_id = ? AND fingerprint = ?", (document_id, SUPERSEDED))
+        self.run("DELETE FROM document_hash WHERE document_id = ? AND fingerprint = ?", (document_id, SUPERSEDED))
 
     def set_hash(self, document_id: str, fingerprint: str, content_hash: str) -> None:
         """Record what a document was replaced with under a fingerprint."""
-        self._run("INSERT OR REPLACE INTO document_hash VALUES (?, ?, ?)", (document_id, fingerprint, content_hash))
+        self.run("INSERT OR REPLACE INTO document_hash VALUES (?, ?, ?)", (document_id, fingerprint, content_hash))
 
     def set_blocks(self, row: int, fingerprint: str, keys: Sequence[str]) -> set[str]:
         """Replace a passage's block keys under a fingerprint; returns the keys it had."""
-        found = self._run("SELECT key FROM block WHERE row = ? AND fingerprint = ?", (row, fingerprint), (str,))
-        self._run("DELETE FROM block WHERE row = ? AND fingerprint = ?", (row, fingerprint))
-        self._many("INSERT INTO block VALUES (?, ?, ?, ?)", [(row, fingerprint, i, key) for i, key in enumerate(keys)])
+        found = self.run("SELECT key FROM block WHERE row = ? AND fingerprint = ?", (row, fingerprint), (str,))
+        self.run("DELETE FROM block WHERE row = ? AND fingerprint = ?", (row, fingerprint))
+        self.run_many(
+            "INSERT INTO block VALUES (?, ?, ?, ?)", [(row, fingerprint, i, key) for i, key in enumerate(keys)]
+        )
         return {key for (key,) in found}
 
     def unused(self, keys: Collection[str]) -> frozenset[str]:
         """Those of `keys` that no passage has any more."""
-        used = {key for (key,) in self._with_list("SELECT DISTINCT key FROM block WHERE key IN (?)", keys, (str,))}
+        used = {key for (key,) in self.run_with_list("SELECT DISTINCT key FROM block WHERE key IN (?)", keys, (str,))}
         return frozenset(keys) - used
 
     def count_terms(self, changes: Mapping[str, int]) -> None:
         """Add to the number of passages that hold each term; terms left in none are dropped."""
         sql = """INSERT INTO term VALUES (?, ?)
                  ON CONFLICT (term) DO UPDATE SET passages = passages + excluded.passages"""
-        self._many(sql, [(term, change) for term, change in changes.items() if change])
+        self.run_many(sql, [(term, change) for term, change in changes.items() if change])
         if any(change < 0 for change in changes.values()):
-            self._with_list(
+            self.run_with_list(
                 "DELETE FROM term WHERE passages <= 0 AND term IN (?)", [t for t, c in changes.items() if c < 0]
             )
 
     def term_counts(self, terms: Collection[str]) -> dict[str, int]:
         """How many passages hold each of `terms`; terms in none are left out."""
-        counts = dict(self._with_list("SELECT term, passages FROM term WHERE term IN (?)", terms, (str, int)))
+        counts = dict(self.run_with_list("SELECT term, passages FROM term WHERE term IN (?)", terms, (str, int)))
         for term, count in counts.items():
             if count < 1:
                 raise self._damaged(f"{count} passages are said to hold {term!r}")
@@ -615,6 +630,11 @@ def _as_dict(value: object) -> dict[Any, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def fact_digests(metadata: Mapping[str, object]) -> set[bytes]:
+    """What a passage of this metadata, as it reads back from JSON, is looked up by."""
+    return {_fact_digest(name, value) for name, value in metadata.items()}
 
 
 def _fact_digest(name: str, value: object) -> bytes:

@@ -12,7 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
 
-__all__ = ["NotAFileError", "create_private", "make_private", "open_regular", "refuse_irregular"]
+__all__ = [
+    "DATABASE_FILE",
+    "VECTOR_FILE",
+    "NotAFileError",
+    "create_private",
+    "make_private",
+    "open_regular",
+    "refuse_irregular",
+]
+
+DATABASE_FILE: Final = "passages.sqlite3"
+VECTOR_FILE: Final = "vectors.faiss"
 
 # A pipe must not block the open, a link must not be followed.
 _READ: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -62,8 +73,8 @@ def create_private(path: Path) -> IO[bytes]:
 
 
 def make_private(path: Path) -> None:
-    """Take all permissions on a file of this user from group and others; a file of somebody else stays as it is."""
-    with suppress(FileNotFoundError):
-        status = path.stat()
-        if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+    """Take all permissions on a file from group and others; where that is not possible, it stays as it is."""
+    # It may be gone, another user's, or on a medium that cannot be written: none is a reason not to read it.
+    with suppress(OSError):
+        if path.stat().st_mode & 0o077:
             path.chmod(0o600)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from blockrag.encoders.given import as_vectors
 from blockrag.encoders.protocol import Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index.database import PassageDatabase, StoredPassage, TermCounts, peek
+from blockrag.index.files import DATABASE_FILE, VECTOR_FILE, make_private
 from blockrag.index.locks import ReadWriteLock
 from blockrag.index.nearest import nearest_rows
 from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexOrigin, IndexStats
@@ -36,12 +37,13 @@ from blockrag.index.updates import Plan, check_updates, plan_document, storable
 from blockrag.index.vectors import Kind, Rows, VectorFileError, VectorIndex
 from blockrag.passage import Hit, Passage
 
+if TYPE_CHECKING:
+    from blockrag.index.checking import IndexReport
+
 __all__ = ["PassageIndex"]
 
 _log = logging.getLogger(__name__)
 
-_DATABASE_FILE = "passages.sqlite3"
-_VECTOR_FILE = "vectors.faiss"
 _QUERIES_AT_ONCE = 64
 _WORN = "most of what they were built from has changed"
 
@@ -73,7 +75,7 @@ class PassageIndex:
         self._closed = False
         if self._path is not None:
             _make_directory(self._path)
-        database_file = self._path / _DATABASE_FILE if self._path is not None else None
+        database_file = self._path / DATABASE_FILE if self._path is not None else None
         self._database = PassageDatabase(database_file, encoder=encoder.name, dimension=encoder.dimension)
         # The database state the vectors in memory are, and the one in the vector file; "" is neither.
         self._stamp = self._saved_stamp = ""
@@ -93,7 +95,7 @@ class PassageIndex:
         Raises:
             PassageIndexError: The directory holds something else, or cannot be read.
         """
-        found = peek(Path(path) / _DATABASE_FILE)
+        found = peek(Path(path) / DATABASE_FILE)
         return None if found is None else IndexOrigin(*found)
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -583,11 +585,12 @@ class PassageIndex:
                 self._stamp = stamp
                 return
             try:
-                file = self._path / _VECTOR_FILE
+                file = self._path / VECTOR_FILE
+                make_private(file)
                 self._vectors = VectorIndex.load(file, self._kind, self._encoder.dimension, stamp=stamp, rows=rows)
             except VectorFileError as error:
                 level = logging.INFO if error.ordinary else logging.WARNING
-                self._rebuild(f"{_VECTOR_FILE} cannot be used: {error}", level)
+                self._rebuild(f"{VECTOR_FILE} cannot be used: {error}", level)
             else:
                 self._stamp = self._saved_stamp = stamp
 
@@ -634,10 +637,10 @@ class PassageIndex:
             if self._stamp == self._saved_stamp:
                 return
             try:
-                self._vectors.save(self._path / _VECTOR_FILE, self._stamp)
+                self._vectors.save(self._path / VECTOR_FILE, self._stamp)
             except OSError as error:
                 raise PassageIndexError(
-                    f"cannot write {self._path / _VECTOR_FILE} ({error}); free the disk and call save() again. No "
+                    f"cannot write {self._path / VECTOR_FILE} ({error}); free the disk and call save() again. No "
                     "passage is lost: the file is rebuilt from the database"
                 ) from error
             self._saved_stamp = self._stamp
@@ -652,7 +655,29 @@ class PassageIndex:
         _make_directory(target)
         if self._path is not None and target.resolve() == self._path.resolve():
             raise PassageIndexError(f"{str(path)!r} is this index's own directory; call save(), or pass another")
-        self._database.copy_to(target / _DATABASE_FILE)
+        self._database.copy_to(target / DATABASE_FILE)
+
+    def verify(self, *, fix: bool = False) -> IndexReport:
+        """Check the database, what it keeps for looking up and counting, and the vector file against it.
+
+        Reads everything; nothing else uses this object meanwhile. A vector file that is missing or behind is no fault.
+
+        Args:
+            fix: Make again what follows from the passages: look-up tables, word counts, the vector file.
+
+        Raises:
+            PassageIndexError: The database is locked or closed.
+        """
+        from blockrag.index.checking import IndexReport, check_database, check_vector_file
+
+        with self._writer, self._lock.writing(), self._database.transaction(writing=fix):
+            faults = check_database(self._database, self._encoder, fix=fix)
+            if self._path is not None:
+                faults += check_vector_file(self._database, self._path, self._encoder.dimension, fix=fix)
+                # It may be another one now.
+                self._saved_stamp = ""
+            where = "memory" if self._path is None else str(self._path)
+            return IndexReport.of(self._database, where, self._encoder.name, faults)
 
     def close(self) -> None:
         """Save and close; closing again does nothing."""
@@ -746,7 +771,7 @@ def _check_search(k: int, where: Mapping[str, object] | None) -> None:
 def _bytes_in(directory: Path) -> int:
     """Bytes of an index's files; one that goes meanwhile, as those that are being written do, has none."""
     total = 0
-    for name in (_DATABASE_FILE, _VECTOR_FILE):
+    for name in (DATABASE_FILE, VECTOR_FILE):
         for file in directory.glob(f"{name}*"):
             with suppress(FileNotFoundError):
                 total += file.stat().st_size

@@ -3,6 +3,7 @@
     reading.py    files, folders and objects to documents
     splitting.py  documents to passages, by the language model's tokens
     pipeline.py   documents to index and block store, batch by batch; and back out again
+    checking.py   whether what lies in a directory is what was written
     prebuild.py   KV states ahead of the question, each block for itself
     passage_store.py  passages whose vectors and documents are somebody else's: what frameworks' stores are made of
     report.py     what a pass did
@@ -17,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from blockrag.ingest.checking import DirectoryReport, check_directory
     from blockrag.ingest.passage_store import PassageStore, PassageStoreStats
     from blockrag.ingest.pipeline import delete, delete_unused_blocks, ingest
     from blockrag.ingest.prebuild import PrebuildReport, encode_blocks, prebuild_blocks
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from blockrag.ingest.splitting import split_document
 
 __all__ = [
+    "DirectoryReport",
     "Document",
     "DocumentFailure",
     "IngestReport",
@@ -34,6 +37,7 @@ __all__ = [
     "PrebuildReport",
     "Progress",
     "RichProgress",
+    "check_directory",
     "delete",
     "delete_unused_blocks",
     "encode_blocks",
@@ -44,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DirectoryReport": "checking",
     "Document": "reading",
     "DocumentFailure": "reading",
     "IngestReport": "report",
@@ -52,6 +57,7 @@ _HOMES = {
     "PrebuildReport": "prebuild",
     "Progress": "progress",
     "RichProgress": "progress",
+    "check_directory": "checking",
     "delete": "pipeline",
     "delete_unused_blocks": "pipeline",
     "encode_blocks": "prebuild",
