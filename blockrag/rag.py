@@ -19,7 +19,7 @@ from blockrag.index import PassageIndex
 from blockrag.ingest import delete, ingest
 from blockrag.model.answer import Chunk, FinishReason, Generation
 from blockrag.model.block_model import Attention, BlockModel
-from blockrag.model.running import RunningPrompt
+from blockrag.model.running import OnMiss, RunningPrompt
 from blockrag.model.sampling import GenerationOptions
 from blockrag.model.stream import ResultStream
 from blockrag.stores import DiskStore, MemoryStore
@@ -127,7 +127,9 @@ class BlockRAG:
         dtype: str | torch.dtype = "auto",
         attention: Attention = "block",
         precision: Precision | None = None,
+        namespace: str = "",
         block_fine_tuned: bool | None = None,
+        on_miss: OnMiss = "compute",
         max_bytes: int | None = None,
         top_k: int = 5,
         order: PassageOrder = "best-first",
@@ -142,7 +144,9 @@ class BlockRAG:
             dtype: See `BlockModel.from_pretrained`.
             attention: See `BlockModel`.
             precision: See `BlockModel`.
+            namespace: See `BlockModel`.
             block_fine_tuned: See `BlockModel.from_pretrained`.
+            on_miss: See `BlockModel`.
             max_bytes: Byte budget of the block store; the least recently used blocks go first. None for no limit.
             top_k: Passages per question.
             order: Place of the best passage.
@@ -164,7 +168,9 @@ class BlockRAG:
             attention=attention,
             store=store,
             precision=precision,
+            namespace=namespace,
             block_fine_tuned=block_fine_tuned,
+            on_miss=on_miss,
         )
         chosen = open_encoder(encoder) if isinstance(encoder, str) else encoder
         index = PassageIndex(chosen, None if path is None else Path(path) / "index")
@@ -224,6 +230,7 @@ class BlockRAG:
         k: int | None = None,
         where: Mapping[str, object] | None = None,
         attention: Attention | None = None,
+        on_miss: OnMiss | None = None,
     ) -> Answer:
         """Answer a question from the indexed passages.
 
@@ -233,12 +240,15 @@ class BlockRAG:
             k: Passages to use; by default `top_k`.
             where: Metadata the passages must have.
             attention: "block" or "full"; by default the model's.
+            on_miss: What to do where passages are not stored; by default the model's.
 
         Raises:
             PromptError: The question is empty.
             PromptTooLongError: The passages and the answer exceed what the model can place.
+            MissingBlockError: With on_miss="error", a passage is not stored, or its stored copy is damaged.
+            NotFiniteError: The model computed NaN or infinity.
         """
-        return self.stream(question, options, k=k, where=where, attention=attention).finish()
+        return self.stream(question, options, k=k, where=where, attention=attention, on_miss=on_miss).finish()
 
     def stream(
         self,
@@ -248,9 +258,10 @@ class BlockRAG:
         k: int | None = None,
         where: Mapping[str, object] | None = None,
         attention: Attention | None = None,
+        on_miss: OnMiss | None = None,
     ) -> ResultStream[str, Answer]:
         """Answer piece by piece; see `query`. Nothing runs before the first piece is asked for."""
-        return ResultStream(self._answer(question, options or GenerationOptions(), k, where, attention))
+        return ResultStream(self._answer(question, options or GenerationOptions(), k, where, attention, on_miss))
 
     async def aquery(
         self,
@@ -260,9 +271,10 @@ class BlockRAG:
         k: int | None = None,
         where: Mapping[str, object] | None = None,
         attention: Attention | None = None,
+        on_miss: OnMiss | None = None,
     ) -> Answer:
         """`query`, on the model's worker thread."""
-        stream = self.stream(question, options, k=k, where=where, attention=attention)
+        stream = self.stream(question, options, k=k, where=where, attention=attention, on_miss=on_miss)
         async for _ in self.model.on_worker(stream):
             pass
         return stream.result
@@ -275,14 +287,16 @@ class BlockRAG:
         k: int | None = None,
         where: Mapping[str, object] | None = None,
         attention: Attention | None = None,
+        on_miss: OnMiss | None = None,
     ) -> AsyncIterator[str]:
         """`stream`, on the model's worker thread; leaving the loop early frees the worker and the cache."""
-        async for piece in self.model.on_worker(self.stream(question, options, k=k, where=where, attention=attention)):
+        stream = self.stream(question, options, k=k, where=where, attention=attention, on_miss=on_miss)
+        async for piece in self.model.on_worker(stream):
             yield piece
 
-    def chat(self, *, attention: Attention | None = None) -> Chat:
+    def chat(self, *, attention: Attention | None = None, on_miss: OnMiss | None = None) -> Chat:
         """Start a conversation; close it, or use it in a `with` statement."""
-        return Chat(self, attention)
+        return Chat(self, attention, on_miss)
 
     def stats(self) -> RAGStats:
         """Contents of the index and the block store."""
@@ -308,6 +322,7 @@ class BlockRAG:
         k: int | None,
         where: Mapping[str, object] | None,
         attention: Attention | None,
+        on_miss: OnMiss | None,
     ) -> Generator[str, None, Answer]:
         started = time.perf_counter()
         hits = self.search(question, k, where=where)
@@ -315,7 +330,7 @@ class BlockRAG:
         prompt = self.model.template.segment(
             self.model.tokenizer, passages=[hit.passage for hit in self.in_prompt_order(hits)], question=question
         )
-        stream = self.model.stream(prompt, options, attention=attention, store=self.store)
+        stream = self.model.stream(prompt, options, attention=attention, store=self.store, on_miss=on_miss)
         try:
             yield from _texts(stream)
         finally:
@@ -336,12 +351,13 @@ class Chat:
     Args:
         rag: Where passages and the model come from.
         attention: "block" or "full".
+        on_miss: What to do where passages are not stored.
     """
 
-    def __init__(self, rag: BlockRAG, attention: Attention | None) -> None:
+    def __init__(self, rag: BlockRAG, attention: Attention | None, on_miss: OnMiss | None) -> None:
         self._rag = rag
         self._attention: Attention = rag.model.attention if attention is None else attention
-        self._running: RunningPrompt | None = rag.model.start(attention=attention, store=rag.store)
+        self._running: RunningPrompt | None = rag.model.start(attention=attention, store=rag.store, on_miss=on_miss)
         self._shown: set[str] = set()
 
     def query(self, question: str, options: GenerationOptions | None = None, *, k: int | None = None) -> Answer:

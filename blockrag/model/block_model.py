@@ -570,12 +570,12 @@ class BlockModel:
             if on_miss == "error":
                 self._require_passages(prompts, kept_in)
             return [alone(prompt).finish() for prompt in prompts]
-        if any(len(group) > 1 for group in groups) and not self._batches_exactly:
-            groups = [[index] for index in range(len(prompts))]
         computed: set[tuple[str, tuple[int, ...]]] = set()
         failures: list[StoreError] = []
         if attention == "block":
             computed = self._materialize_together(prompts, kept_in, failures)
+        if any(len(group) > 1 for group in groups) and not self._batches_exactly:
+            groups = [[index] for index in range(len(prompts))]
         generations: dict[int, Generation] = {}
         for group in groups:
             if len(group) == 1:
