@@ -56,7 +56,7 @@ from blockrag.stores.manifest import ManifestEntry, read_manifest, write_manifes
 from blockrag.stores.memory import byte_view
 from blockrag.stores.remote import DEFAULT_DEADLINE_S, PATIENT_S, WRITE_TIMEOUT_S, Explained, Remote, examine
 from blockrag.stores.report import Fault, StoreReport, merged
-from blockrag.stores.urls import parse_store_url, with_parameters
+from blockrag.stores.urls import StoreUrl, parse_store_url, with_parameters
 
 if TYPE_CHECKING:
     from blockrag.stores.protocol import StoreStats
@@ -110,15 +110,16 @@ class ObjectStore:
         region: str | None = None,
         allow_http: bool = False,
     ) -> None:
-        parts = parse_store_url(url if url == "memory:///" else url.rstrip("/"), ())
-        self._base = parts.text
+        parts = parse_store_url(url, ())
         self._scheme = parts.scheme
         self._options: dict[str, Any] = {"endpoint": endpoint, "region": region, "allow_http": allow_http}
         self._deadline_s = deadline_s
-        _check_url(self._base, parts.scheme, parts.place, self._options)
+        _check_url(parts, self._options)
+        place = parts.place if parts.scheme == "memory" else parts.place.rstrip("/")
+        self._base = f"{parts.scheme}://{place}"
         self._remote = self._traffic(deadline_s)
-        self._root = _claim(Path(unquote(parts.place))) if self._scheme == "file" else None
-        self._hurried, self._patient = self._clients(parts.place)
+        self._root = _claim(Path(unquote(place))) if self._scheme == "file" else None
+        self._hurried, self._patient = self._clients()
         self._formatted = self._read_format()
 
     @property
@@ -211,8 +212,12 @@ class ObjectStore:
         """
         text = fingerprint.to_json().encode()
         name = f"fingerprints/{fingerprint.digest}.json"
-        with suppress(AlreadyExistsError):
-            self._remote.write(lambda hurried: self._create(hurried, name, memoryview(text)))
+
+        def create(hurried: bool) -> None:
+            with suppress(AlreadyExistsError):
+                self._create(hurried, name, text)
+
+        self._remote.write(create)
 
     def fingerprints(self) -> dict[str, Fingerprint]:
         """The remembered fingerprints by digest; one that cannot be read is left out and logged.
@@ -305,19 +310,16 @@ class ObjectStore:
             self.url, deadline_s=deadline_s, fetch=self._fetch, faults=_FAULTS, explain=self._explain, checked=checked
         )
 
-    def _clients(self, place: str) -> tuple[Any, Any]:
+    def _clients(self) -> tuple[Any, Any]:
         """What reads, within the deadline, and what writes, which may take longer."""
         if self._scheme == "memory":
             return (memory := backends.MemoryStore()), memory
         if self._root is not None:
             return (directory := backends.LocalStore(self._root)), directory
         config = {name: value for name, value in self._options.items() if value and name != "allow_http"}
-        url = f"{self._scheme}://{place}"
+        connect = partial(_client, self._base, config, self._options["allow_http"])
         try:
-            return (
-                _client(url, config, self._options["allow_http"], timeout_s=self._deadline_s),
-                _client(url, config, self._options["allow_http"], timeout_s=max(self._deadline_s, WRITE_TIMEOUT_S)),
-            )
+            return connect(timeout_s=self._deadline_s), connect(timeout_s=max(self._deadline_s, WRITE_TIMEOUT_S))
         except BaseError as error:
             raise InputError(f"cannot use the store {self._base!r}: {_first_line(error)}") from error
 
@@ -354,16 +356,18 @@ class ObjectStore:
             if not self._same(name, data, identity):
                 self._overwrite(hurried, name, data)
 
-    def _create(self, hurried: bool, name: str, data: memoryview) -> None:
+    def _create(self, hurried: bool, name: str, data: bytes | memoryview) -> None:
         self._ensure_format(hurried)
-        self._check_path(name)
-        obstore.put(self._client(hurried), name, data, mode="create", use_multipart=False)
-        self._tighten(name)
+        self._write(hurried, name, data, mode="create", use_multipart=False)
 
     def _overwrite(self, hurried: bool, name: str, data: memoryview) -> None:
         self._ensure_format(hurried)
+        self._write(hurried, name, data)
+
+    def _write(self, hurried: bool, name: str, data: bytes | memoryview, **options: Any) -> None:
         self._check_path(name)
-        obstore.put(self._client(hurried), name, data)
+        # obstore's memory keeps the caller's buffer instead of a copy.
+        obstore.put(self._client(hurried), name, bytes(data) if self._scheme == "memory" else data, **options)
         self._tighten(name)
 
     def _same(self, name: str, data: memoryview, identity: int) -> bool:
@@ -437,8 +441,7 @@ class ObjectStore:
             return
         text = json.dumps({"format": _FORMAT}).encode() + b"\n"
         with suppress(AlreadyExistsError):
-            obstore.put(self._client(hurried), _FORMAT_NAME, text, mode="create", use_multipart=False)
-            self._tighten(_FORMAT_NAME)
+            self._write(hurried, _FORMAT_NAME, text, mode="create", use_multipart=False)
         self._formatted = self._read_format()
 
     def _compared_with_manifest(self, *, fix: bool) -> list[Fault]:
@@ -506,11 +509,12 @@ def _client(url: str, config: dict[str, Any], allow_http: bool, *, timeout_s: fl
     return from_url(url, config=config, **arguments) if config else from_url(url, **arguments)
 
 
-def _check_url(base: str, scheme: str, place: str, options: dict[str, Any]) -> None:
+def _check_url(url: StoreUrl, options: dict[str, Any]) -> None:
     """Raise InputError for a URL that names no place, holds credentials, or has options of another scheme."""
+    base, scheme, place = url.text, url.scheme, url.place
     container = place.partition("/")[0]
     if scheme in ("file", "memory"):
-        if container or (scheme == "memory" and place != "/") or not place:
+        if container or (place != "/" if scheme == "memory" else not place.strip("/")):
             raise InputError(f"store {base!r}: write file:///absolute/path, or memory:///")
     elif "@" in place:
         raise InputError(f"store {base!r}: no credentials in a URL; set {_ENVIRONMENT[scheme]}, in the environment")

@@ -25,7 +25,7 @@ from urllib.parse import unquote
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
 
 from blockrag.errors import InputError, StoreError, StoreFullError
@@ -271,7 +271,7 @@ class RedisStore:
 
     def _explain(self, error: Exception) -> Explained:
         what = f"the store {self.url} failed: {str(error)[:300]}"
-        if isinstance(error, ResponseError) and str(error).startswith("OOM"):
+        if isinstance(error, OutOfMemoryError):
             hint = "raise the server's maxmemory, or set maxmemory-policy allkeys-lru"
             return Explained(StoreFullError(f"{what}; {hint}"), unanswered=False)
         if isinstance(error, (AuthenticationError, NoPermissionError)):

@@ -181,7 +181,7 @@ class TieredStore:
             StoreError: The last tier could not write it.
         """
         for tier in self._tiers[:-1]:
-            self._forgiven(tier, lambda tier: tier.remember_fingerprint(fingerprint))
+            _forgiven(tier, lambda tier: tier.remember_fingerprint(fingerprint))
         self._tiers[-1].remember_fingerprint(fingerprint)
 
     def fingerprints(self) -> dict[str, Fingerprint]:
@@ -260,15 +260,9 @@ class TieredStore:
 
     def _put_above(self, place: int, key: str, data: bytes | bytearray | memoryview) -> None:
         for tier in self._tiers[:place]:
-            self._forgiven(tier, lambda tier: tier.put(key, data))
-
-    def _forgiven(self, tier: BlockStore, call: Callable[[BlockStore], object]) -> None:
-        try:
-            call(tier)
-        except StoreFullError as error:
-            _LOG.debug("left to the tiers below: %s", error)
-        except StoreError as error:
-            _LOG.warning("left to the tiers below: %s", error)
+            if not _forgiven(tier, lambda tier: tier.put(key, data)):
+                # What it has under that key, if anything, is damaged or another.
+                _forgiven(tier, lambda tier: tier.delete_many([key]))
 
     def _each(self, call: Callable[[BlockStore], object]) -> None:
         """Call for every tier, and raise the first error when all have had their turn."""
@@ -286,3 +280,16 @@ class TieredStore:
             self._hits += hits
             self._misses += misses
             self._failures += failures
+
+
+def _forgiven(tier: BlockStore, call: Callable[[BlockStore], object]) -> bool:
+    """Whether an upper tier did something."""
+    try:
+        call(tier)
+    except StoreFullError as error:
+        _LOG.debug("left to the tiers below: %s", error)
+    except StoreError as error:
+        _LOG.warning("left to the tiers below: %s", error)
+    else:
+        return True
+    return False
