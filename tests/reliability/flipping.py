@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from blocks import HEADER_BYTES, IN_FILE, IN_ROW, LAYOUT, block, judge, key, locate
+from blocks import HEADER_BYTES, IN_FILE, LAYOUT, block, judge, key, locate
+from exercising import IN_FILES, exercise, fill_and_die, index_files, restore, small_files
 
 from blockrag import codec
-from blockrag.errors import StoreError
 from blockrag.stores import DiskStore
 
 __all__ = ["flip_blocks", "flip_index"]
-
-_IN_FILES = 4
-_IN_ROWS = 24
-_HANG_S = 10
 
 
 def flip_blocks(directory: str, flips: int, seed: int) -> dict[str, int]:
@@ -33,11 +27,11 @@ def flip_blocks(directory: str, flips: int, seed: int) -> dict[str, int]:
     random_numbers = random.Random(seed)
     counts: Counter[str] = Counter()
     with contextlib.closing(DiskStore(directory)) as store:
-        for number in range(_IN_FILES):
+        for number in range(IN_FILES):
             store.put(key(number), block(number, IN_FILE))
-        places = [locate(Path(directory), block(number, IN_FILE)) for number in range(_IN_FILES)]
+        places = [locate(Path(directory), block(number, IN_FILE)) for number in range(IN_FILES)]
         for flip in range(flips):
-            number = flip % _IN_FILES
+            number = flip % IN_FILES
             in_header = flip < HEADER_BYTES * 8
             bit = flip if in_header else random_numbers.randrange(HEADER_BYTES * 8, IN_FILE * 8)
             path, offset = places[number]
@@ -59,54 +53,19 @@ def flip_index(directory: str, flips: int, seed: int) -> dict[str, int]:
         typed errors.
     """
     root = Path(directory)
-    _fill_and_die(root)
-    sound = {path: path.read_bytes() for path in sorted(root.iterdir()) if path.is_file()}
-    targets = [path for path in sound if "cache.db" in path.name and not path.name.endswith("-shm")]
-    assert len(targets) == 2, f"an index and its write-ahead log, found {targets}"
+    fill_and_die(root)
+    sound = small_files(root)
+    targets = index_files(sound)
     random_numbers = random.Random(seed)
     counts: Counter[str] = Counter()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for flip in range(flips):
         target = targets[flip % 2]
         data = bytearray(sound[target])
         bit = random_numbers.randrange(len(data) * 8)
         data[bit // 8] ^= 1 << bit % 8
-        _restore(root, {**sound, target: bytes(data)})
-        # A reader that hangs ends the process.
-        signal.alarm(_HANG_S)
-        _exercise(root, counts)
-        signal.alarm(0)
+        restore(root, {**sound, target: bytes(data)})
+        exercise(root, counts)
     return dict(counts)
-
-
-def _exercise(root: Path, counts: Counter[str]) -> None:
-    try:
-        store = DiskStore(root, max_bytes=10_000_000)
-    except StoreError:
-        counts["refused to open"] += 1
-        return
-    with contextlib.closing(store):
-        for number in range(_IN_FILES + _IN_ROWS):
-            counts["reads"] += 1
-            with _typed(counts, "refused to read"):
-                size = IN_FILE if number < _IN_FILES else IN_ROW
-                counts[judge(number, store.get(key(number)), block(number, size))] += 1
-        with _typed(counts, "refused to read"):
-            counts["listed"] += len(list(store.keys()))
-        with _typed(counts, "refused to check"):
-            store.verify()
-        with _typed(counts, "refused to write"):
-            store.put(key(1000), block(1000, IN_ROW))
-            counts[f"written block {judge(1000, store.get(key(1000)), block(1000, IN_ROW))}"] += 1
-
-
-@contextlib.contextmanager
-def _typed(counts: Counter[str], name: str) -> Iterator[None]:
-    """The store's own errors count as refusals; any other ends the process."""
-    try:
-        yield
-    except StoreError:
-        counts[name] += 1
 
 
 @contextlib.contextmanager
@@ -123,26 +82,3 @@ def _flipped(path: Path, bit: int) -> Iterator[None]:
         yield
     finally:
         flip()
-
-
-def _fill_and_die(root: Path) -> None:
-    """Half of the blocks by a writer that closes the store, half by one that is killed and leaves its log behind."""
-    for first, die in ((0, False), (1, True)):
-        child = os.fork()
-        if not child:
-            store = DiskStore(root)
-            for number in range(first, _IN_FILES + _IN_ROWS, 2):
-                store.put(key(number), block(number, IN_FILE if number < _IN_FILES else IN_ROW))
-            if die:
-                os.kill(os.getpid(), signal.SIGKILL)
-            store.close()
-            os._exit(0)
-        os.waitpid(child, 0)
-
-
-def _restore(root: Path, files: dict[Path, bytes]) -> None:
-    for path in root.iterdir():
-        if path.is_file() and path not in files:
-            path.unlink()
-    for path, data in files.items():
-        path.write_bytes(data)

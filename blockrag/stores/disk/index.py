@@ -109,7 +109,11 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         self._pid = os.getpid()
         self._inherited: list[_Lease] = []
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
-        super().__init__(directory, timeout=files.patience_s, disk=SafeDisk, **_SETTINGS)
+        try:
+            super().__init__(directory, timeout=files.patience_s, disk=SafeDisk, **_SETTINGS)
+        except (TypeError, ValueError, AttributeError) as error:
+            # diskcache takes what it finds in the settings for what it wrote there; damaged pages hold anything.
+            raise sqlite3.DatabaseError(f"its settings cannot be read ({error})") from error
         self.values.files = files
 
     @property
