@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Final, cast
 
 from blockrag.stores.disk.directory import FINGERPRINTS, REBUILDING, SINGLE_FILES
 from blockrag.stores.disk.fingerprint_files import FingerprintFiles
-from blockrag.stores.disk.index import DBNAME, Discard, Index
+from blockrag.stores.disk.index import DBNAME, Discard, Index, chunks
 from blockrag.stores.disk.rows import COLUMNS, Row, is_value_name
 from blockrag.stores.disk.sweeping import strays
+from blockrag.stores.disk.values import Buffer
 from blockrag.stores.files import StoreFiles
 from blockrag.stores.report import Fault, StoreReport, check_blocks, merged
 
@@ -26,6 +28,7 @@ __all__ = ["GRACE_S", "Checked", "index_faults", "verify"]
 GRACE_S: Final = 3600.0
 """A value file without a row may belong to a writer for this long."""
 
+_MOMENT_S: Final = 0.1
 _FOLDER: Final = re.compile(r"[0-9a-f]{2}")
 _FOREIGN: Final = "blockrag never writes it; keep it elsewhere if it is yours, delete it if it is not"
 
@@ -80,43 +83,64 @@ def index_faults(index: Index, *, fix: bool) -> list[Fault]:
     """What SQLite finds wrong in its file; `fix` builds its look-up tables anew, which is all that can be done there.
 
     Raises:
-        sqlite3.Error: It cannot be read at all.
+        sqlite3.OperationalError: It cannot be read just now.
     """
     found = _integrity(index)
-    if not found:
-        return []
-    if fix:
-        with index.write():
+    mended = False
+    if fix and found:
+        with suppress(sqlite3.DatabaseError), index.write():
             index.execute("REINDEX")
-    mended = fix and not _integrity(index)
+        mended = not _integrity(index)
     return [Fault("damaged", DBNAME, message, fixed=mended) for message in found]
 
 
 def _integrity(index: Index) -> list[str]:
-    messages = [str(text) for (text,) in index.execute("PRAGMA integrity_check(10)")]
+    try:
+        messages = [str(text) for (text,) in index.execute("PRAGMA integrity_check(10)")]
+    except sqlite3.OperationalError:
+        # Of the medium, a lock, or a full disk, not of the file.
+        raise
+    except sqlite3.DatabaseError as error:
+        return [str(error)]
     return [] if messages == ["ok"] else messages
 
 
 class _SoundBlocks:
-    """The store without what must not be judged, or deleted, as a block: each has its own line in the report.
+    """The store's blocks for `check_blocks`, read without counting as used.
 
-    These are rows that the store refuses to read, and value files that are there but cannot be read just now: too many
-    open files are no reason to delete blocks.
+    What must not be judged, or deleted, as a block is left out, and has a line of its own in the report: rows that the
+    store refuses to read, and value files that are there but cannot be read just now. Too many open files are no
+    reason to delete blocks.
     """
 
     def __init__(self, checked: Checked) -> None:
-        self._index, self._store = checked.index, checked.store
+        self._index = checked.index
         self.url, self.delete_many = checked.store.url, checked.store.delete_many
         self.unreadable: list[Fault] = []
 
     def get_many(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
         """Each key with its block, or None where that is gone."""
-        for key, data in self._store.get_many(keys):
-            row = self._index.rows([key]).get(key) if data is None else None
-            if row is not None and row.filename is not None and self._index.values.length(row.filename) == row.size:
-                self.unreadable.append(Fault("unreadable", key, f"{row.filename} is there and cannot be read"))
-            else:
-                yield key, data
+        buffer = Buffer()
+        for chunk in chunks(keys, with_values=True):
+            rows = self._index.rows(chunk)
+            for key in chunk:
+                row, previous = rows.get(key), None
+                value = self._read(row, buffer)
+                while value is None and row is not None and row != previous:
+                    # Somebody may have replaced it, and removed its file, since the row was read.
+                    row, previous = self._index.rows([key]).get(key), row
+                    value = self._read(row, buffer)
+                if value is None and row is not None and self._index.values.length(row.filename or "") == row.size:
+                    self.unreadable.append(Fault("unreadable", key, f"{row.filename} cannot be read, see the log"))
+                else:
+                    yield key, value
+                del value
+
+    def _read(self, row: Row | None, buffer: Buffer) -> memoryview | None:
+        if row is None or row.filename is None:
+            return None if row is None else self._index.values.load(row, row.size)
+        opened = self._index.values.open(row.filename, row.size)
+        return None if opened is None else self._index.values.read(opened, buffer)
 
     def keys(self) -> Iterator[str]:
         """The keys of the rows that are sound, and whose key no other row has."""
@@ -125,7 +149,7 @@ class _SoundBlocks:
         for rows in self._index.every(COLUMNS):
             for _, *columns in rows:
                 row = Row(*columns)
-                if row.sound:
+                if row.sound and (row.filename is None or self._index.values.is_safe(row.filename)):
                     sound.append(row.key)
                 else:
                     unsound.add(row.key)
@@ -141,6 +165,8 @@ def _foreign_rows(checked: Checked) -> list[tuple[int, str]]:
             row = Row(*columns)
             if not row.sound:
                 found.append((rowid, f"blockrag never writes such a row: {row}"))
+            elif row.filename is not None and not checked.index.values.is_safe(row.filename):
+                found.append((rowid, f"names {row.filename}, which is not a regular file of this directory"))
             elif row.filename is not None and owners.setdefault(row.filename, rowid) != rowid:
                 found.append((rowid, f"names the file of row {owners[row.filename]}, {row.filename}"))
     return found
@@ -148,8 +174,13 @@ def _foreign_rows(checked: Checked) -> list[tuple[int, str]]:
 
 def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
     before = time.time() - GRACE_S
-    for name in strays(checked.root, checked.index, checked.files, before=before, remove=fix):
-        yield Fault("stray", name, "no row names it; its writer was killed", fixed=fix)
+    found = strays(checked.root, checked.index, checked.files, before=before, remove=False)
+    if found:
+        # A file whose block is evicted or replaced just now is gone in a moment.
+        time.sleep(_MOMENT_S)
+        again = strays(checked.root, checked.index, checked.files, before=before, remove=fix)
+        for name in set(found).intersection(again):
+            yield Fault("stray", name, "no row names it; its writer was killed", fixed=fix)
     for name in list(checked.fingerprints.unfinished(before)):
         if fix:
             checked.files.remove(f"{checked.root}/{name}")
@@ -157,8 +188,8 @@ def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
 
 
 def _totals(checked: Checked, *, fix: bool) -> list[Fault]:
-    with checked.write():
-        index = checked.index
+    index = checked.index
+    with index.write():
         wrong = [(name, index.total(name), index.counted(name)) for name in ("count", "size")]
         wrong = [(name, kept, counted) for name, kept, counted in wrong if kept != counted]
         if fix and wrong:

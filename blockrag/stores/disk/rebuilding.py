@@ -13,7 +13,7 @@ from pathlib import Path
 from diskcache.core import MODE_BINARY
 
 from blockrag.errors import DamagedBlockError, StoreError
-from blockrag.stores.disk.directory import REBUILDING, claim, create, only_writer
+from blockrag.stores.disk.directory import MARKER, REBUILDING, claim, create, only_writer
 from blockrag.stores.disk.failures import FAILURES, translated
 from blockrag.stores.disk.index import DBNAME, Index
 from blockrag.stores.disk.rows import Row
@@ -41,6 +41,8 @@ def rebuild_index(path: str | os.PathLike[str], *, files: StoreFiles | None = No
         StoreError: The directory is no store, or cannot be written, or a value file cannot be read.
     """
     files = files or StoreFiles()
+    if not (Path(path).expanduser() / MARKER).is_file():
+        raise StoreError(f"{path} is not a blockrag store: there is no {MARKER} in it; pass the directory of one")
     root = claim(Path(path), files)
     try:
         with only_writer(root, files):

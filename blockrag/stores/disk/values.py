@@ -192,6 +192,16 @@ class SafeDisk(diskcache.Disk):  # type: ignore[misc]
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
+    def is_safe(self, name: str) -> bool:
+        """Whether there is nothing under a value file's name but a regular file of this directory, if anything."""
+        try:
+            status = self.files.status_of(self._confined(name))
+        except FileNotFoundError:
+            return True
+        except (UnsafeStoreError, NotADirectoryError):
+            return False
+        return stat.S_ISREG(status.st_mode)
+
     def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
         """A fresh random (file name, full path); one level of 256 directories, which stay when they are empty."""
         digits = os.urandom(16).hex()
