@@ -122,9 +122,12 @@ class TieredStore:
         """
         wanted = {check_key(key) for key in keys}
         found: set[str] = set()
-        for tier in self._tiers:
-            found |= tier.contains_many(wanted)
-        self._each(lambda tier: tier.delete_many(wanted))
+
+        def delete(tier: BlockStore) -> None:
+            found.update(tier.contains_many(wanted))
+            tier.delete_many(wanted)
+
+        self._each(delete)
         return len(found)
 
     def keys(self) -> Iterator[str]:
