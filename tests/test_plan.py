@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
@@ -29,7 +31,8 @@ from blockrag.planning.hit_rate import lru_hit_rate
 from blockrag.planning.inventory import take_inventory
 from blockrag.planning.measure import measure_rates
 from blockrag.planning.target import available_memory
-from blockrag.stores import DiskStore, MemoryStore
+from blockrag.prompt import Block
+from blockrag.stores import DiskStore, MemoryStore, open_store
 
 CORPUS = (Path(blockrag.demo.__file__).parent / "corpus.jsonl").read_text("utf-8").splitlines()
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "hotpotqa-rpt-dev.jsonl"
@@ -321,21 +324,20 @@ def test_what_would_be_measured_wrongly_is_refused(model: BlockModel, outline: M
     keeping = BlockModel(model.model, model.tokenizer, template=model.template, facts=model.facts)
     with pytest.raises(InputError, match="kept_bytes=0"):
         measure_rates(keeping, blocks[:2], MemoryStore(), k=2, seconds=SHORT)
-    room = len(next(iter_stored(model, blocks[:1]))) + 1
+    room = len(encoded(model, blocks[:1])[0]) + 1
     with pytest.raises(StoreError, match="lost"):
         measure_rates(model, blocks, MemoryStore(max_bytes=room), k=3, seconds=SHORT)
     for wrong in ({"k": 0}, {"seconds": 0.0}):
         with pytest.raises(InputError, match="nothing to measure"):
-            measure_rates(model, blocks, MemoryStore(), **wrong)  # type: ignore[arg-type]
+            measure_rates(model, blocks, MemoryStore(), **wrong)
     with pytest.raises(InputError, match="0 blocks"):
         measure_rates(model, [], MemoryStore())
 
 
-def iter_stored(model: BlockModel, blocks):
+def encoded(model: BlockModel, blocks: Sequence[Block]) -> list[memoryview]:
     store = MemoryStore()
     model.materialize(blocks, store)
-    for key in store.keys():
-        yield store.get(key)
+    return [data for _, data in store.get_many(list(store.keys())) if data is not None]
 
 
 # -- targets -------------------------------------------------------------------------------------------------------
@@ -358,19 +360,42 @@ def test_a_url_and_a_directory_name_the_same_place(tmp_path: Path) -> None:
     odd = tmp_path / "a ?odd#dir%20"
     by_path = Target.in_directory(odd)
     assert Target.at(by_path.url).directory == odd
-    assert Target.at(f"{by_path.url}?max_bytes=1GB").directory == odd
+    assert Target.at(f"{by_path.url}?max_bytes=1GB") == Target(
+        f"{by_path.url}?max_bytes=1GB", f"{by_path.url}?max_bytes=1GB", odd, 10**9
+    )
     DiskStore(odd).close()
     with by_path.existing_store() as store:
         assert store is not None
 
 
 def test_what_is_no_place_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="names no store"):
-        Target.at("somewhere")
+    for wrong in ("somewhere", "disc:///data", "disk:///data?max_byte=1"):
+        with pytest.raises(InputError, match="store"):
+            Target.at(wrong)
     file = tmp_path / "file"
     file.write_text("x")
     with Target.in_directory(file / "kv").scratch_store() as store:
         assert list(store.keys()) == []
+
+
+def test_of_tiers_the_last_one_counts(tmp_path: Path) -> None:
+    target = Target.at(f"tiered:memory://?max_bytes=2GB|disk://{tmp_path}/kv?max_bytes=5GB")
+    assert (target.url, target.max_bytes) == (f"disk://{tmp_path}/kv?max_bytes=5GB", 5 * 10**9)
+    assert Target.at("tiered:memory://|redis://user@host:6379/0").name == "redis://***@host:6379/0"
+
+
+def test_a_bucket_is_measured_in_itself(model: BlockModel, tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    target = Target.at(f"file://{tmp_path}/blocks")
+    text = [Document(f"{n}", f"text number {n}") for n in range(6)]
+    with closing(open_store(target.url)) as store:
+        model.materialize(take_inventory(text[:2], ModelOutline.of(model)).blocks, store)
+        before = set(store.keys())
+        made = plan(text, model, target=target, workload=Workload(k=2), seconds=SHORT)
+        assert set(store.keys()) == before
+    assert made.inventory.stored_blocks == len(before) == 2
+    assert made.free_bytes is not None
+    assert made.speed is not None
 
 
 def test_memory_is_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ TEXTS = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _leave_transformers_as_it_was():
+def _leave_transformers_as_it_was() -> Iterator[None]:
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     yield
@@ -179,7 +180,7 @@ def test_a_remembered_budget_counts(documents: Path, tmp_path: Path, model: Path
         (["nowhere.txt"], "there is no file or folder 'nowhere.txt'"),
         (["{documents}", "--budget", "lots"], "cannot read the size 'lots'"),
         (["{documents}", "--sample", "0"], "less than one byte"),
-        (["{documents}", "--store", "cupboard"], "names no store"),
+        (["{documents}", "--store", "cupboard"], "cannot open store"),
         (["{documents}", "--model", "./nowhere"], "no model directory"),
         (["{documents}", "--encoder", "guess"], "unknown encoder"),
         (["{empty}"], "hold no text"),

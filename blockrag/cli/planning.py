@@ -85,9 +85,7 @@ def plan(
         directory = Path() if path is None else path
         known = find_settings(directory) or Settings()
         budgets = [parse_bytes(one) for one in budget or ()]
-        if not budgets and known.max_bytes is not None:
-            budgets = [known.max_bytes]
-        target = Target.in_directory(directory / "kv") if store is None else Target.at(store)
+        target = Target.in_directory(directory / "kv", known.max_bytes) if store is None else Target.at(store)
         name = known.model if model is None else model_name(model)
         planned = _load(out, name, precision_of(precision) or known.precision, device, dtype, measure=not no_measure)
         made = make_plan(
@@ -260,7 +258,7 @@ def _as_json(made: Plan) -> dict[str, object]:
         "blocks_stored": inventory.stored_blocks,
         "bytes_new": made.new_bytes,
         "index_bytes": made.index_bytes,
-        "store": made.target.url,
+        "store": made.target.name,
         "free_bytes": made.free_bytes,
         "free_memory": made.free_memory,
         "needed_bytes": made.needed_bytes,

@@ -171,8 +171,8 @@ def plan(
         workload: How passages will be asked for.
         encoder: Embeds passages; None where the index is somebody else's.
         max_passage_tokens: Most tokens of a passage's text.
-        budgets: Byte budgets to compare. What must fit is then the largest of them; by default it is everything, and
-            some parts of it are compared.
+        budgets: Byte budgets to compare; by default the target's own. What must fit is then the largest of them.
+            Where there is none it is everything, and some parts of it are compared.
         seconds: How long to measure, about.
         sample_bytes: Text that is cut and tokenized at most; None for all of it, however much that is.
         progress: Told how far the counting is.
@@ -216,7 +216,8 @@ def plan(
                 passages=inventory.passages_kept,
             )
     dimension = None if encoder is None else encoder.dimension
-    return _evaluate(inventory, outline, target, asked, rates=rates, dimension=dimension, budgets=budgets)
+    limits = tuple(budgets) or (() if target.max_bytes is None else (target.max_bytes,))
+    return _evaluate(inventory, outline, target, asked, rates=rates, dimension=dimension, budgets=limits)
 
 
 def _stored(model: BlockModel, store: BlockStore, blocks: Sequence[Block]) -> list[int]:

@@ -1,7 +1,8 @@
 """Where blocks would go: how much room is there, what is there already, and a place beside it to measure in.
 
-A directory is measured in a temporary one beside it, on the same file system. Any other store is measured in itself:
-it is given a few of the very blocks that it would be given anyhow, and those that it did not have are taken out again.
+A directory is measured in a temporary one beside it, on the same file system. A bucket or a server is measured in
+itself: it is given a few of the very blocks that it would be given anyhow, and those that it did not have are taken out
+again. Of a tiered store the last tier is what must hold everything, and what is measured.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
 from blockrag.errors import InputError
-from blockrag.stores import DiskStore, MemoryStore, open_store
+from blockrag.stores import DiskStore, MemoryStore, open_store, read_store_url
 
 if TYPE_CHECKING:
     from blockrag.stores.protocol import BlockStore
@@ -32,31 +33,34 @@ class Target:
     """A store that blocks would go to.
 
     Args:
-        url: In the form that `open_store` takes.
+        url: In the form that `open_store` takes; of a tiered store, its last tier's.
+        name: The URL as it may be shown.
         directory: Of a local store, whether it is there yet or not; else None.
+        max_bytes: Its byte budget; None where it has none.
     """
 
     url: str
-    directory: Path | None
+    name: str
+    directory: Path | None = None
+    max_bytes: int | None = None
 
     @classmethod
     def at(cls, url: str) -> Target:
         """The store a URL names; it need not be there yet.
 
         Raises:
-            InputError: The URL has no scheme.
+            InputError: No store has such a URL.
         """
-        scheme, separator, rest = url.partition("://")
-        if not separator:
-            raise InputError(f"{url!r} names no store; write e.g. disk:///var/cache/blocks, or pass a directory")
-        if scheme in ("disk", "file"):
-            return cls(url, Path(unquote(rest.partition("?")[0])).expanduser())
-        return cls(url, None)
+        *caches, parts = read_store_url(url)
+        own = url.rpartition("|")[2] if caches else url
+        directory = Path(unquote(parts.place)).expanduser() if parts.scheme in ("disk", "file") else None
+        return cls(own, parts.text, directory, parts.size("max_bytes"))
 
     @classmethod
-    def in_directory(cls, directory: Path) -> Target:
+    def in_directory(cls, directory: Path, max_bytes: int | None = None) -> Target:
         """The block store of a directory, which need not be there yet."""
-        return cls(f"disk://{quote(str(directory))}", directory)
+        url = f"disk://{quote(str(directory))}"
+        return cls(url, url, directory, max_bytes)
 
     @property
     def scheme(self) -> str:
@@ -68,7 +72,7 @@ class Target:
         """The place that must have room, in words."""
         if self.directory is not None:
             return str(_existing(self.directory))
-        return "memory" if self.scheme == "memory" else self.url
+        return "memory" if self.scheme == "memory" else self.name
 
     def free_bytes(self) -> int | None:
         """Room for blocks, as far as it can be told: of a bucket or a server it cannot."""

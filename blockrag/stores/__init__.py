@@ -46,6 +46,7 @@ __all__ = [
     "TieredStore",
     "open_store",
     "parse_bytes",
+    "read_store_url",
 ]
 
 _TIERED: Final = "tiered:"
@@ -71,25 +72,43 @@ def open_store(url: str) -> BlockStore:
     """
     if url.startswith(_TIERED):
         return _open_tiers(url)
+    (parts,) = read_store_url(url)
+    known = _SCHEMES[parts.scheme]
+    return known.open(parts, known.form)
+
+
+def read_store_url(url: str) -> list[StoreUrl]:
+    """What a URL says, without opening anything: of one store, or of each tier, the fastest first.
+
+    Raises:
+        InputError: An unknown scheme or parameter; the message says what is allowed.
+    """
+    tiers = _tiers(url) if url.startswith(_TIERED) else [url]
+    return [_read_plain(tier) for tier in tiers]
+
+
+def _read_plain(url: str) -> StoreUrl:
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in _SCHEMES:
         forms = [known.form for known in _SCHEMES.values()]
         raise InputError(f"cannot open store {without_secrets(url)!r}; use one of: {', '.join([*forms, _TIERED_FORM])}")
     known = _SCHEMES[scheme]
-    parts = parse_store_url(url, known.parameters, refused=known.refused)
-    return known.open(parts, known.form)
+    return parse_store_url(url, known.parameters, refused=known.refused)
+
+
+def _tiers(url: str) -> list[str]:
+    urls = url.removeprefix(_TIERED).split("|")
+    if any(tier.startswith(_TIERED) or not tier for tier in urls):
+        raise InputError(f"store {without_secrets(url)!r}: write plain stores with | between them, e.g. {_TIERED_FORM}")
+    return urls
 
 
 def _open_tiers(url: str) -> TieredStore:
     from blockrag.stores.tiered import TieredStore
 
-    text = without_secrets(url)
-    urls = url.removeprefix(_TIERED).split("|")
-    if any(tier.startswith(_TIERED) or not tier for tier in urls):
-        raise InputError(f"store {text!r}: write plain stores with | between them, e.g. {_TIERED_FORM}")
     tiers: list[BlockStore] = []
     try:
-        for tier in urls:
+        for tier in _tiers(url):
             tiers.append(open_store(tier))
     except BaseException:
         for opened in tiers:
