@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from disk_stores import execute, run_python, two_blocks, value_files
 from test_stores import IN_FILE, SMALL, key, value
 
-from blockrag.errors import InputError, StoreError
+from blockrag.errors import InputError, StoreError, StoreFullError, UnsafeStoreError
+from blockrag.fingerprint import Fingerprint
 from blockrag.stores import DiskStore
 from blockrag.stores.disk import values as disk_values
 from blockrag.stores.files import StoreFiles
@@ -297,6 +300,85 @@ class TestDiskBudget:
             assert "the order of use was not saved" in caplog.text
             other.execute("ROLLBACK")
         assert len(value_files(root)) == 1
+
+
+class TestFingerprints:
+    KNOWN = tuple(
+        Fingerprint(weights="w", config="c", rope="r", tokenizer="t", template="p", compute_dtype="d", precision=name)
+        for name in ("float16", "int8")
+    )
+
+    def file(self, root: Path, number: int = 0) -> Path:
+        return root / "fingerprints" / f"{self.KNOWN[number].digest}.json"
+
+    def test_they_are_remembered_by_every_process(self, disk, root):
+        assert disk.fingerprints() == {}
+        for fingerprint in (*self.KNOWN, *self.KNOWN):
+            disk.remember_fingerprint(fingerprint)
+        expected = {fingerprint.digest: fingerprint for fingerprint in self.KNOWN}
+        assert disk.fingerprints() == expected
+        with contextlib.closing(DiskStore(root)) as other:
+            assert other.fingerprints() == expected
+        assert stat.S_IMODE(self.file(root).parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(self.file(root).stat().st_mode) == 0o600
+        assert len(list(self.file(root).parent.iterdir())) == 2
+
+    def test_noting_one_again_writes_nothing(self, disk, root):
+        disk.remember_fingerprint(self.KNOWN[0])
+        before = self.file(root).stat()
+        disk.remember_fingerprint(self.KNOWN[0])
+        with contextlib.closing(DiskStore(root)) as other:
+            other.remember_fingerprint(self.KNOWN[0])
+        assert self.file(root).stat() == before
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"{}", b"nonsense", b"\xff\xfe", b"[" * 15_000, b" " * 20_000, KNOWN[1].to_json().encode()],
+        ids=["empty", "no factors", "nonsense", "no text", "deep", "long", "another's"],
+    )
+    def test_what_is_no_fingerprint_is_left_out_and_written_anew(self, root, caplog, content):
+        with contextlib.closing(DiskStore(root)) as store:
+            store.remember_fingerprint(self.KNOWN[0])
+        self.file(root).write_bytes(content)
+        with contextlib.closing(DiskStore(root)) as store:
+            assert store.fingerprints() == {}
+            assert "it is left out" in caplog.text
+            store.remember_fingerprint(self.KNOWN[0])
+            assert store.fingerprints() == {self.KNOWN[0].digest: self.KNOWN[0]}
+
+    def test_links_and_pipes_are_not_followed(self, disk, root, caplog):
+        disk.remember_fingerprint(self.KNOWN[0])
+        self.file(root).rename(root.parent / "elsewhere")
+        self.file(root).symlink_to(root.parent / "elsewhere")
+        os.mkfifo(self.file(root, 1))
+        assert disk.fingerprints() == {}
+        assert "cannot be opened" in caplog.text
+        assert "is not a regular file" in caplog.text
+
+    def test_a_linked_directory_is_refused(self, disk, root):
+        (root.parent / "elsewhere").mkdir()
+        (root / "fingerprints").symlink_to(root.parent / "elsewhere")
+        for call in (disk.fingerprints, lambda: disk.remember_fingerprint(self.KNOWN[0])):
+            with pytest.raises(UnsafeStoreError, match="is not a directory"):
+                call()
+        assert list((root.parent / "elsewhere").iterdir()) == []
+
+    def test_a_full_disk(self, root):
+        class Full(StoreFiles):
+            def rename(self, old, new):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with contextlib.closing(DiskStore(root, files=Full())) as store:
+            with pytest.raises(StoreFullError, match="free disk space"):
+                store.remember_fingerprint(self.KNOWN[0])
+            assert store.fingerprints() == {}
+        assert list((root / "fingerprints").iterdir()) == []
+
+    def test_closed_store(self, disk):
+        disk.close()
+        for call in (disk.fingerprints, lambda: disk.remember_fingerprint(self.KNOWN[0])):
+            with pytest.raises(StoreError, match="is closed"):
+                call()
 
 
 def test_the_disk_store_reads_into_the_same_memory_once_a_value_is_dropped(tmp_path):

@@ -356,7 +356,7 @@ class TestRebuild:
         assert list(tmp_path.iterdir()) == []
 
     def test_killed_at_any_call_it_can_be_done_again(self, broken):
-        """Each child dies three calls later than the one before it, until one gets through."""
+        """Each child dies seven calls later than the one before it, until one gets through."""
         code = """
             import os, signal, sys
             from blockrag.stores.disk import rebuild_index
@@ -380,7 +380,7 @@ class TestRebuild:
                     os._exit(0)
                 if os.waitpid(pid, 0)[1] == 0:
                     break
-                deaths += 3
+                deaths += 7
                 if open(sys.argv[1] + "/cache.db", "rb").read() == garbage:
                     assert rebuild_index(sys.argv[1]) == 2
             print(deaths)

@@ -273,6 +273,69 @@ class TestBudget:
         assert bytes(store.get(key(1))) == value(1)
         assert store.stats().blocks == 3
 
+    def test_pinned_blocks_stay(self, make_store):
+        store = make_store(max_bytes=3 * SMALL)
+        for i in range(3):
+            store.put(key(i), value(i))
+        with store.pinned([key(0), key(1)]):
+            for i in range(3, 8):
+                store.put(key(i), value(i))
+                assert set(store.keys()) == {key(0), key(1), key(i)}
+        store.put(key(8), value(8))
+        assert set(store.keys()) == {key(1), key(7), key(8)}
+
+    def test_a_block_that_finds_no_room_beside_pinned_ones_costs_nothing(self, make_store):
+        store = make_store(max_bytes=3 * SMALL)
+        for i in range(3):
+            store.put(key(i), value(i))
+        with store.pinned([key(0), key(1), key(9)]):
+            with pytest.raises(StoreFullError, match="no room in max_bytes=300 beside the blocks that running"):
+                store.put(key(3), value(3, SMALL + 1))
+            assert set(store.keys()) == {key(0), key(1), key(2)}
+            store.put(key(3), value(3, SMALL))
+            assert set(store.keys()) == {key(0), key(1), key(3)}
+        assert store.stats().evictions == 1
+
+    def test_a_pinned_block_may_be_replaced(self, make_store):
+        store = make_store(max_bytes=3 * SMALL)
+        store.put(key(0), value(0))
+        store.put(key(1), value(1))
+        with store.pinned([key(0)]):
+            store.put(key(0), value(5, 3 * SMALL))
+            assert list(store.keys()) == [key(0)]
+            assert bytes(store.get(key(0))) == value(5, 3 * SMALL)
+
+    def test_pins_nest_and_overlap(self, make_store):
+        store = make_store(max_bytes=2 * SMALL)
+        outer, inner = store.pinned([key(0), key(0)]), store.pinned([key(0), key(1)])
+        store.put(key(0), value(0))
+        store.put(key(1), value(1))
+        outer.__enter__()
+        inner.__enter__()
+        with pytest.raises(StoreFullError):
+            store.put(key(2), value(2))
+        # Not in the order in which they began.
+        outer.__exit__(None, None, None)
+        with pytest.raises(StoreFullError):
+            store.put(key(2), value(2))
+        inner.__exit__(None, None, None)
+        store.put(key(2), value(2))
+        assert set(store.keys()) == {key(1), key(2)}
+
+    def test_pins_end_with_an_error(self, make_store):
+        store = make_store(max_bytes=SMALL)
+        store.put(key(0), value(0))
+        with contextlib.suppress(KeyError), store.pinned([key(0)]):
+            raise KeyError
+        store.put(key(1), value(1))
+        assert list(store.keys()) == [key(1)]
+
+    def test_deleting_and_replacing_ask_no_pins(self, make_store):
+        store = make_store(max_bytes=SMALL)
+        store.put(key(0), value(0))
+        with store.pinned([key(0)]):
+            assert store.delete_many([key(0)]) == 1
+
     @pytest.mark.parametrize("bad", [0, -1])
     @pytest.mark.parametrize("make", [MemoryStore, lambda max_bytes: DiskStore("unused", max_bytes=max_bytes)])
     def test_budget_is_positive(self, make, bad):
@@ -312,6 +375,21 @@ class StoreModel(RuleBasedStateMachine):
             self.model[key(number)] = self.model.pop(key(number))
         else:
             assert found is None
+
+    @rule(pins=st.sets(st.integers(0, 7)), number=st.integers(0, 7), size=st.integers(0, 600))
+    def put_beside_pins(self, pins, number, size):
+        pinned = set(map(key, pins)) & self.model.keys() - {key(number)}
+        with self.store.pinned(map(key, pins)):
+            if sum(len(self.model[name]) for name in pinned) + size > self.BUDGET:
+                with pytest.raises(StoreFullError):
+                    self.store.put(key(number), value(0, size))
+                return
+            self.store.put(key(number), value(0, size))
+        self.model.pop(key(number), None)
+        unpinned = iter([name for name in self.model if name not in pinned])
+        while sum(map(len, self.model.values())) + size > self.BUDGET:
+            del self.model[next(unpinned)]
+        self.model[key(number)] = value(0, size)
 
     @rule(numbers=st.sets(st.integers(0, 7)))
     def delete(self, numbers):
