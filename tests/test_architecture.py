@@ -16,7 +16,7 @@ PACKAGE = Path(blockrag.__file__).parent
 
 # A module imports only from its own layer or those above it in this list.
 LAYERS = [
-    {"errors", "passage"},
+    {"errors", "passage", "user_cache"},
     {"rope", "attention"},
     {"kv", "quantize", "codec", "fingerprint", "prompt", "kernels"},
     {"model", "compose", "stores", "encoders", "demo"},

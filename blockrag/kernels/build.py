@@ -5,8 +5,7 @@ compute. Everything works without a library, only slower, so nothing here raises
 says why and what to do.
 
 The library is compiled for the very processor it runs on, which no wheel could be, in about a second. It is kept in
-`$XDG_CACHE_HOME/blockrag` (or `~/.cache/blockrag`). Code is loaded from there, so the directory must belong to the user
-and nobody else may write to it.
+the user's cache directory (`blockrag.user_cache`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -27,6 +25,8 @@ from pathlib import Path
 from typing import Final
 
 import torch
+
+from blockrag.user_cache import refuse_foreign, user_cache_directory
 
 __all__ = ["library", "why_not"]
 
@@ -81,33 +81,11 @@ def _load() -> ctypes.CDLL:
         raise _UnavailableError(f'{_SETTING} is {setting!r}; set it to "auto" or "off"')
     if platform.system() not in ("Linux", "Darwin"):
         raise _UnavailableError(f"they are not built on {platform.system() or 'an unknown system'}")
-    directory = _cache_directory()
+    directory = user_cache_directory()
     tools = _tools()
     key = tools.key()
     path = _cached(directory, key) or _build(directory, key, tools)
     return ctypes.CDLL(str(path))
-
-
-def _cache_directory() -> Path:
-    """The directory of the library, made if need be; refused when others could put code into it."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path counts as unset: https://specifications.freedesktop.org/basedir-spec/latest/
-    root = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
-    directory = root / "blockrag"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_foreign(directory)
-    return directory
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Refuse what is not this user's own, or what others may change."""
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        raise _UnavailableError(f"{path} is a link; remove it")
-    if found.st_uid != os.getuid():
-        raise _UnavailableError(f"{path} belongs to user {found.st_uid}; remove it, or set XDG_CACHE_HOME to your own")
-    if found.st_mode & 0o022:
-        raise _UnavailableError(f"others may write to {path}; run: chmod go-w {shlex.quote(str(path))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +147,7 @@ def _openmp() -> Path | None:
 def _cached(directory: Path, key: str) -> Path | None:
     """The library as built before. Its name ends in a checksum: loading a damaged library can kill a process."""
     for path in sorted(directory.glob(f"kernels-{key}-*.so")):
-        _refuse_foreign(path)
+        refuse_foreign(path)
         if path.name == _name(key, path.read_bytes()):
             return path
         path.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from blockrag.model.blocks import BlockSource
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
 from blockrag.model.guard import ForwardGuard
 from blockrag.model.identity import fingerprint_of
-from blockrag.model.loading import load_pretrained, resolve_device, resolve_dtype
+from blockrag.model.loading import resolve_device, resolve_dtype
 from blockrag.model.materialize import MaterializeReport
 from blockrag.model.misses import MissExplanation, MissNotes
 from blockrag.model.oracle import oracle_logits
@@ -40,6 +40,7 @@ from blockrag.model.stream import ResultStream
 from blockrag.model.trained import TrainedRange
 from blockrag.model.usage import Usage
 from blockrag.model.verification import tolerance, verified_profile
+from blockrag.model.weights import LoadedWeights, load_identified
 from blockrag.prompt import SegmentedPrompt, template_for
 from blockrag.stores import MemoryStore
 
@@ -138,6 +139,7 @@ class BlockModel:
         self.namespace = namespace
         self.on_miss = _checked_on_miss(on_miss)
         self._kept_bytes = _checked_bytes(kept_bytes)
+        self._weights: LoadedWeights | None = None
         self.device_pool = device_pool
         self._lock = ForwardGuard(model)
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
@@ -203,12 +205,12 @@ class BlockModel:
             UnsupportedModelError: See `BlockModel`.
         """
         placed = resolve_device(device)
-        model, tokenizer, facts = load_pretrained(
+        model, tokenizer, facts, weights = load_identified(
             id_or_path, device=placed, dtype=resolve_dtype(dtype, placed), revision=revision
         )
         if block_fine_tuned is not None:
             facts = replace(facts, block_fine_tuned=block_fine_tuned)
-        return cls(
+        loaded = cls(
             model,
             tokenizer,
             template=template,
@@ -221,6 +223,8 @@ class BlockModel:
             device_pool=device_pool,
             on_miss=on_miss,
         )
+        loaded._weights = weights
+        return loaded
 
     @property
     def name(self) -> str:
@@ -230,8 +234,20 @@ class BlockModel:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Everything that shapes this model's KV states. Reads all weights once."""
-        return fingerprint_of(self.model, self.tokenizer, self.template, self._composable(), self.precision)
+        """Everything that shapes this model's KV states; settled when it is first asked for, or blocks are stored.
+
+        Reads all weights once, unless they were loaded from a checkpoint whose digest is known from an earlier time.
+        Whoever changes the model afterwards (weights, adapters, their scale) makes a new `BlockModel` of it.
+        """
+        loaded = self._weights
+        return fingerprint_of(
+            self.model,
+            self.tokenizer,
+            self.template,
+            self._composable(),
+            self.precision,
+            weights=loaded.digest if loaded is not None and loaded.still_of(self.model) else None,
+        )
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
