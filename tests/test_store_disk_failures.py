@@ -29,19 +29,18 @@ def root(tmp_path):
 
 
 class Failing(StoreFiles):
-    """Once `error` is set, the next call of that name raises it."""
+    """The next call of a name raises what `fail` was given for it."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
-        self.call, self.error = "", None
+        self.errors: dict[str, BaseException] = {}
 
     def fail(self, call: str, error: BaseException) -> None:
-        self.call, self.error = call, error
+        self.errors[call] = error
 
     def before(self, call: str) -> None:
-        if call == self.call and self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        if call in self.errors:
+            raise self.errors.pop(call)
 
 
 class TestFailures:
@@ -73,11 +72,10 @@ class TestFailures:
     def test_a_failed_put_says_what_to_do_and_leaves_nothing(self, failing, files, root, call, error, kind, advice):
         files.fail(call, error)
         if call == "execute ROLLBACK":
-            # The transaction fails first, and then cannot be rolled back either.
-            failing._index.execute("PRAGMA query_only = ON")
+            files.fail("execute INSERT", sqlite3.OperationalError("out of memory"))
         with pytest.raises(kind, match=advice):
             failing.put(key(3), value(3, IN_FILE))
-        failing._index.execute("PRAGMA query_only = OFF")
+        assert not files.errors
         assert len(value_files(root)) == 1
         assert set(failing.keys()) == {key(1), key(2)}
         failing.put(key(3), value(3, IN_FILE))
