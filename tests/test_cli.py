@@ -395,6 +395,14 @@ def test_a_model_that_moved(index: Path, model: str, tmp_path: Path) -> None:
         '{"format": 1, "nonsense": 3}',
         '{"format": 1, "attention": "some"}',
         '{"format": 1, "max_passage_tokens": true}',
+        '{"format": 1, "max_passage_tokens": 0}',
+        '{"format": 1, "max_passage_tokens": -1}',
+        '{"format": 1, "max_bytes": 0}',
+        '{"format": 1, "max_bytes": 1e400}',
+        '{"format": 1, "max_bytes": ' + "9" * 5000 + "}",
+        '{"format": 1, "model": "' + "m" * 70_000 + '"}',
+        '{"format": 1, "precision": ["int8"]}',
+        "[" * 60_000,
         '{"model": "demo"}',
         '{"format": 9}',
     ],
@@ -407,8 +415,14 @@ def test_damaged_settings_are_damage(tmp_path: Path, content: str) -> None:
 
 
 def test_settings_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(tmp_path / SETTINGS_FILE)
+        assert "cannot be read" in refused(2, "query", QUESTION, "--path", tmp_path)
+        if make is not Path.mkdir:
+            (tmp_path / SETTINGS_FILE).unlink()
+        else:
+            (tmp_path / SETTINGS_FILE).rmdir()
     (tmp_path / SETTINGS_FILE).mkdir()
-    assert "cannot be read" in refused(2, "query", QUESTION, "--path", tmp_path)
     with pytest.raises(InputError, match="cannot be written"):
         remember(tmp_path, Settings())
     assert [file.name for file in tmp_path.iterdir()] == [SETTINGS_FILE], "no half-written file stays"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -204,15 +206,52 @@ def test_an_output_layer_that_is_the_embedding_is_not_missing(tmp_path: Path) ->
     assert model.generate(prompt_of((7,), 3), OPTIONS).usage.new_tokens == 5
 
 
-def test_code_in_a_checkpoint_never_runs(saved: Path) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "hostile.C", "AutoModelForCausalLM": "hostile.M"}
-    config["model_type"] = "hostile"
-    (saved / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("known", [True, False], ids=["a known architecture", "its own architecture"])
+def test_code_in_a_checkpoint_never_runs(saved: Path, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whoever is asked says yes.
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for name, classes in (
+        ("config.json", {"AutoConfig": "hostile.C", "AutoModelForCausalLM": "hostile.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["hostile.T", "hostile.T"]}),
+    ):
+        config = json.loads((saved / name).read_text()) | {"auto_map": classes}
+        if not known:
+            config["model_type"] = "hostile"
+        (saved / name).write_text(json.dumps(config))
     (saved / "hostile.py").write_text(f"import pathlib\npathlib.Path({str(saved / 'ran')!r}).touch()\n")
-    with pytest.raises(InputError):
-        load(saved)
+    if known:
+        assert load(saved).generate(prompt_of((7,), 3), OPTIONS).usage.new_tokens == 5
+    else:
+        with pytest.raises(InputError, match="code that comes with it"):
+            load(saved)
     assert not (saved / "ran").exists()
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_weights_that_are_a_program_are_never_run(saved: Path, how: str) -> None:
+    ran = saved / "ran"
+    weights = {**load_file(saved / "model.safetensors"), "hostile": Hostile(ran)}
+    (saved / "model.safetensors").unlink()
+    if how == "pickle":
+        (saved / "pytorch_model.bin").write_bytes(pickle.dumps(weights))
+    else:
+        torch.save(weights, saved / "pytorch_model.bin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match="cannot load"):
+            load(saved)
+    assert not ran.exists()
+    # What would have happened.
+    assert pickle.loads(pickle.dumps(Hostile(ran))) is None  # noqa: S301
+    assert ran.exists()
 
 
 # -- Facts -----------------------------------------------------------------------------------------------------------

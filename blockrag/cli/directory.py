@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from blockrag.cli.options import PrecisionChoice
 from blockrag.cli.output import Output, quiet_transformers
 from blockrag.errors import InputError, PassageIndexError
+from blockrag.index.files import open_regular
 
 if TYPE_CHECKING:
     from blockrag.codec import Precision
@@ -45,6 +46,7 @@ __all__ = [
 
 SETTINGS_FILE = "blockrag.json"
 _FORMAT = 1
+_MOST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +97,25 @@ def find_settings(path: Path) -> Settings | None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; pass the directory that holds the index")
     try:
-        raw = json.loads(file.read_text("utf-8"))
+        with open_regular(file) as opened:
+            # A handful of short values; more than this is somebody else's file, or a trap.
+            content = opened.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        raw = json.loads(content.decode("utf-8"))
         if raw.pop("format") != _FORMAT:
             raise PassageIndexError(f"{file} was written by another release of blockrag; use that one, or a new --path")
         return _checked(Settings(**raw))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror or error}); check what it is, and its permissions"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PassageIndexError(
-            f"{file} is damaged ({error}); delete it and run `blockrag ingest` again with the --model and --encoder "
-            "that the directory was built with: nothing else is lost"
+            f"{file} is damaged ({error!s:.300}); delete it and run `blockrag ingest` again with the --model and "
+            "--encoder that the directory was built with: nothing else is lost"
         ) from error
 
 
@@ -264,9 +273,11 @@ def _checked(settings: Settings) -> Settings:
         optional = value is None and field.name in ("precision", "max_bytes")
         valid = optional or isinstance(value, str if text else int)
         if not valid or isinstance(value, bool):
-            raise TypeError(f"{field.name} cannot be {value!r}")
+            raise TypeError(f"{field.name} cannot be {value!r:.100}")
+        if not text and value is not None and not 1 <= value < 1 << 63:
+            raise ValueError(f"{field.name} cannot be {value!r:.100}")
     if settings.attention not in ("block", "full"):
-        raise ValueError(f"attention cannot be {settings.attention!r}")
+        raise ValueError(f"attention cannot be {settings.attention!r:.100}")
     if settings.precision not in (None, *PrecisionChoice.__members__):
-        raise ValueError(f"precision cannot be {settings.precision!r}")
+        raise ValueError(f"precision cannot be {settings.precision!r:.100}")
     return settings

@@ -82,8 +82,7 @@ def peek(path: Path) -> tuple[str, int] | None:
         return str(facts["encoder"]), dimension
     except (OSError, sqlite3.Error, KeyError, TypeError, ValueError) as error:
         raise PassageIndexError(
-            f"{path} is no passage index ({error}); pass another directory, or delete this one and ingest the documents "
-            "again"
+            f"{path} is no passage index ({error}); pass another directory, or delete it and ingest the documents again"
         ) from error
 
 

@@ -195,7 +195,7 @@ def read_kind(path: Path) -> str | None:
 def _read_header(file: IO[bytes]) -> dict[str, Any]:
     raw = file.read(_HEADER_BYTES)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode("ascii"))
         # Byte for byte what is written: the checksum then covers the header too.
         if not isinstance(header, dict) or _encoded(header) != raw:
             raise ValueError("it is not as it was written")

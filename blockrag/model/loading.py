@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_pretrained", "load_tokenizer", "load_without_weights", "resolve_device", "resolve_dtype", "source_of"]
 
+# Left unsaid, transformers asks on the terminal whether to run a checkpoint's code, and one letter runs it.
+_SAFELY = {"trust_remote_code": False}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,7 +68,7 @@ def load_pretrained(
 
     "demo" is the small model that ships with blockrag.
 
-    Code from the hub is never run: `trust_remote_code` stays off.
+    A checkpoint's own code is never run, and nobody is asked whether it may be.
 
     Raises:
         InputError: The directory or hub id does not exist, or holds no causal language model.
@@ -74,9 +76,9 @@ def load_pretrained(
     name = source_of(id_or_path)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=revision, output_loading_info=True
+            name, dtype=dtype, revision=revision, output_loading_info=True, **_SAFELY
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **_SAFELY)
     except Exception as error:
         raise _cannot_load(name, error) from error
     if missing := sorted(found["missing_keys"]):
@@ -98,7 +100,7 @@ def load_without_weights(id_or_path: str | Path, *, revision: str | None = None)
     """
     name = source_of(id_or_path)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, **_SAFELY)
         saved_as = config.dtype
         with torch.device("meta"):
             # In the dtype that every kernel takes: those of experts refuse float32.
@@ -119,7 +121,7 @@ def load_tokenizer(
     """
     name = source_of(id_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **_SAFELY)
     except Exception as error:
         raise _cannot_load(name, error) from error
     return tokenizer, _facts_of(name, revision)
@@ -133,6 +135,8 @@ def source_of(id_or_path: str | Path) -> str:
 def _cannot_load(name: str, error: Exception) -> InputError:
     """What to raise: damaged weights and tokenizers raise plain Exception and RuntimeError from their libraries."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
+    if "trust_remote_code" in str(error):
+        reason = "it needs Python code that comes with it, which blockrag never runs."
     return InputError(
         f"cannot load a causal language model from {name!r}: {reason} "
         "Pass a directory with config.json and weights, or a Hugging Face model id."
