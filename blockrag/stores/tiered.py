@@ -11,8 +11,8 @@ written to all of them. The last tier is the store, the others are caches of it:
   last tier refuses is an error, after the others have taken it.
 
 A copy that comes from anything but memory is verified before it is handed on: one that is damaged is looked for in the
-tiers below, and replaced by what is found there. That reads every such block once more than the model does, about
-0.04 ms a megabyte. What this process itself put into memory is left to the model's own check.
+tiers below, and replaced by what is found there. That is one checksum more than the model's own, 0.02 ms a megabyte
+where it was measured. What this process itself put into memory is left to the model's check.
 
 A GPU's memory is not a tier of this store: blocks lie there placed and decoded, see `BlockModel(device_pool=...)`.
 """
