@@ -18,6 +18,7 @@ from test_stores import IN_FILE, SMALL, key, value
 
 from blockrag.errors import StoreError, StoreFullError
 from blockrag.stores import DiskStore
+from blockrag.stores.files import StoreFiles
 
 
 @pytest.fixture
@@ -62,6 +63,26 @@ class TestSweep:
         assert disk.sweep() == 0
         assert young.exists()
         assert disk.sweep(older_than_s=30) == 1
+
+    def test_a_row_that_is_committed_while_the_sweep_looks_saves_its_file(self, root):
+        """The index is asked again once the file is locked: its writer may have finished since it was first asked."""
+        stray = self.stray(root, age_s=7200)
+        name = str(stray.relative_to(root))
+
+        class Committing(StoreFiles):
+            armed = False
+
+            def before(self, call):
+                if self.armed and call == "lock":
+                    self.armed = False
+                    execute(root, "UPDATE Cache SET mode = 2, value = NULL, filename = ? WHERE key = ?", name, key(1))
+
+        files = Committing()
+        with contextlib.closing(DiskStore(root, files=files)) as store:
+            files.armed = True
+            assert store.sweep() == 0
+            assert not files.armed
+            assert stray.exists()
 
     def test_open_sweeps_once_a_day(self, root):
         stray = self.stray(root, age_s=7200)
