@@ -33,6 +33,7 @@ __all__ = [
     "block_key",
     "check_fingerprint",
     "check_key",
+    "check_namespace",
     "hash_json",
     "hash_tensors",
     "hash_tokenizer",
@@ -70,6 +71,18 @@ def check_fingerprint(fingerprint: str) -> str:
             f"{fingerprint!r:.100} is not a fingerprint (32 lower-case hex digits); pass Fingerprint.digest"
         )
     return fingerprint
+
+
+def check_namespace(namespace: str) -> str:
+    """Return `namespace` if it can be part of a key.
+
+    Raises:
+        InputError: It is no string, or holds a lone surrogate.
+    """
+    if not isinstance(namespace, str):
+        raise InputError(f"a namespace is a string, got {namespace!r:.100}; pass the tenant's name")
+    _utf8(namespace, "namespace")
+    return namespace
 
 
 @dataclass(frozen=True, slots=True)

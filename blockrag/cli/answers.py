@@ -51,10 +51,13 @@ def usage_line(answer: Answer) -> str:
     usage = answer.usage
     damaged = f" ({usage.blocks_damaged} were damaged)" if usage.blocks_damaged else ""
     kept = f" ({usage.tokens_kept:,} kept composed)" if usage.tokens_kept else ""
+    missing = f"\nin full attention, for {usage.blocks_missing} passages are not stored" if usage.blocks_missing else ""
+    failed = f"\nthe store failed to read or write {usage.store_failures} times" if usage.store_failures else ""
     return (
         f"{usage.tokens_reused:,} tokens reused in {usage.blocks_reused} blocks{kept}, "
         f"{usage.tokens_computed:,} computed{damaged}; {usage.new_tokens} new\n"
         f"first token after {milliseconds(answer.timings.ttft_s)} ms: {_split(answer.timings)}"
+        f"{missing}{failed}"
     )
 
 

@@ -18,6 +18,8 @@ from blockrag.cli.options import (
     IndexPath,
     MaxNewTokens,
     Model,
+    OnMissChoice,
+    OnMissOption,
     Seed,
     Temperature,
     TopK,
@@ -25,7 +27,7 @@ from blockrag.cli.options import (
     generation_options,
 )
 from blockrag.cli.output import PARTLY_FAILED, Output, reporting
-from blockrag.errors import InputError, PromptTooLongError
+from blockrag.errors import InputError, MissingBlockError, PromptTooLongError
 
 if TYPE_CHECKING:
     from blockrag.model.sampling import GenerationOptions
@@ -51,6 +53,7 @@ def query(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    on_miss: OnMissOption = OnMissChoice.compute,
     stream: Stream = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,7 +67,7 @@ def query(
         options = generation_options(max_new_tokens, temperature, seed)
         opened = open_rag(out, path, model=model, encoder=encoder, attention=attention_of(attention), top_k=top_k)
         with opened as rag:
-            answer = _print_answer(out, rag.stream(question, options), streamed=stream)
+            answer = _print_answer(out, rag.stream(question, options, on_miss=on_miss.value), streamed=stream)
             if answer.hits:
                 out.show("", sources_table(answer.hits))
             else:
@@ -82,6 +85,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    on_miss: OnMissOption = OnMissChoice.compute,
     stream: Stream = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,7 +97,7 @@ def chat(
     with reporting(as_json) as out:
         options = generation_options(max_new_tokens, temperature, seed)
         opened = open_rag(out, path, model=model, encoder=encoder, attention=attention_of(attention), top_k=top_k)
-        with opened as rag, _Conversation(out, rag, options, stream) as conversation:
+        with opened as rag, _Conversation(out, rag, options, stream, on_miss) as conversation:
             for question in _questions(out):
                 conversation.ask(question)
             out.result({"turns": conversation.turns})
@@ -107,6 +111,7 @@ class _Conversation:
     rag: BlockRAG
     options: GenerationOptions
     streamed: bool | None
+    on_miss: OnMissChoice
     turns: list[dict[str, object]] = field(default_factory=list)
     _chat: Chat | None = None
     _answered: int = 0
@@ -120,7 +125,7 @@ class _Conversation:
     def ask(self, question: str) -> None:
         try:
             answer = self._answer(question)
-        except InputError as error:
+        except (InputError, MissingBlockError) as error:
             self.out.exit_code = PARTLY_FAILED
             self.out.error(str(error))
             self.turns.append({"question": question, "error": str(error)})
@@ -143,7 +148,7 @@ class _Conversation:
 
     def _turn(self, question: str) -> Answer:
         if self._chat is None:
-            self._chat = self.rag.chat()
+            self._chat = self.rag.chat(on_miss=self.on_miss.value)
         return _print_answer(self.out, self._chat.stream(question, self.options), streamed=self.streamed)
 
     def _close(self) -> None:

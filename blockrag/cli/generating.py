@@ -22,6 +22,9 @@ from blockrag.cli.options import (
     Device,
     Dtype,
     MaxNewTokens,
+    NamespaceOption,
+    OnMissChoice,
+    OnMissOption,
     Seed,
     Temperature,
     generation_options,
@@ -83,6 +86,8 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = None,
     store: Store = None,
+    namespace: NamespaceOption = "",
+    on_miss: OnMissOption = OnMissChoice.compute,
     batch_size: BatchSize = 16,
     allow_special: AllowSpecial = False,
     device: Device = "auto",
@@ -116,7 +121,9 @@ def generate(
             run = _Run(out, file, options, format_, allow_special, skipped=done, failed=failed, failed_before=failed)
             started = time.perf_counter()
             if first is not None:
-                language_model = _load(out, name, attention, store, device, dtype)
+                language_model = _load(
+                    out, name, attention, store, namespace=namespace, on_miss=on_miss, device=device, dtype=dtype
+                )
                 with closing(language_model.store):
                     lines = chain([first], lines)
                     while batch := list(islice(lines, batch_size)):
@@ -187,14 +194,32 @@ def _check_files(source: Path, target: Path) -> None:
         raise InputError(f"--input and --output are the same file, {str(source)!r}; pass another --output")
 
 
-def _load(out: Output, name: str, attention: AttentionChoice, store: str | None, device: str, dtype: str) -> BlockModel:
+def _load(
+    out: Output,
+    name: str,
+    attention: AttentionChoice,
+    store: str | None,
+    *,
+    namespace: str,
+    on_miss: OnMissChoice,
+    device: str,
+    dtype: str,
+) -> BlockModel:
     with out.working(f"loading {name} ..."):
         from blockrag.model.block_model import BlockModel
         from blockrag.stores import open_store
 
         quiet_transformers()
         opened = None if store is None else open_store(store)
-        return BlockModel.from_pretrained(name, attention=attention.value, store=opened, device=device, dtype=dtype)
+        return BlockModel.from_pretrained(
+            name,
+            attention=attention.value,
+            store=opened,
+            namespace=namespace,
+            on_miss=on_miss.value,
+            device=device,
+            dtype=dtype,
+        )
 
 
 def _segment(fields: Mapping[str, Any], model: BlockModel, format_: Format, *, allow_special: bool) -> SegmentedPrompt:

@@ -23,6 +23,9 @@ __all__ = [
     "IndexPath",
     "MaxNewTokens",
     "Model",
+    "NamespaceOption",
+    "OnMissChoice",
+    "OnMissOption",
     "PrecisionChoice",
     "PrecisionOption",
     "Seed",
@@ -51,6 +54,14 @@ class PrecisionChoice(str, Enum):
     int4 = "int4"
 
 
+class OnMissChoice(str, Enum):
+    """What to do where passages are not stored."""
+
+    compute = "compute"
+    full = "full"
+    error = "error"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 IndexPath = Annotated[Path, typer.Option("--path", envvar="BLOCKRAG_PATH", help="Directory of the index.")]
 Model = Annotated[
@@ -68,6 +79,21 @@ AttentionOption = Annotated[
 PrecisionOption = Annotated[
     PrecisionChoice | None,
     typer.Option("--precision", help="Of the stored KV states; by default 16 bits, or what was used before."),
+]
+OnMissOption = Annotated[
+    OnMissChoice,
+    typer.Option(
+        "--on-miss",
+        help="Where passages are not stored: 'compute' them, answer in 'full' attention, or end with an 'error'.",
+    ),
+]
+NamespaceOption = Annotated[
+    str,
+    typer.Option(
+        "--namespace",
+        envvar="BLOCKRAG_NAMESPACE",
+        help="Blocks of one namespace are found from no other; for a --store that several share.",
+    ),
 ]
 TopK = Annotated[int, typer.Option("-k", "--top-k", min=0, help="Passages per question.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens of an answer.")]

@@ -20,6 +20,9 @@ from blockrag.cli.options import (
     Dtype,
     MaxNewTokens,
     Model,
+    NamespaceOption,
+    OnMissChoice,
+    OnMissOption,
     PrecisionOption,
     attention_of,
     precision_of,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from blockrag.codec import Precision
     from blockrag.index import PassageIndex
     from blockrag.model.block_model import Attention, BlockModel
+    from blockrag.model.running import OnMiss
 
 __all__ = ["serve"]
 
@@ -77,6 +81,8 @@ def serve(
     max_new_tokens: MaxNewTokens = 256,
     attention: AttentionOption = None,
     precision: PrecisionOption = None,
+    namespace: NamespaceOption = "",
+    on_miss: OnMissOption = OnMissChoice.compute,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -91,6 +97,11 @@ def serve(
         from blockrag.server import ServerSettings, check_exposure, create_app, listen
         from blockrag.server import serve as run
 
+        if namespace and path is not None:
+            raise InputError(
+                f"--namespace is for a --store that several share; the blocks of the directory {path} were stored "
+                "without one, and are nobody else's: leave it out"
+            )
         chosen = _settings(model, store, path, attention=attention_of(attention), precision=precision_of(precision))
         settings = ServerSettings(
             model_name=_served_name(chosen.model),
@@ -105,7 +116,9 @@ def serve(
         check_exposure(host, api_key)
         with listen(host, port) as bound:
             url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-            opened = _open(out, chosen, store, path, device=device, dtype=dtype)
+            opened = _open(
+                out, chosen, store, path, namespace=namespace, on_miss=on_miss.value, device=device, dtype=dtype
+            )
             with opened as (language_model, index):
 
                 def ready() -> None:
@@ -155,7 +168,15 @@ def _served_name(model: str) -> str:
 
 @contextmanager
 def _open(
-    out: Output, settings: Settings, store: str | None, path: Path | None, *, device: str, dtype: str
+    out: Output,
+    settings: Settings,
+    store: str | None,
+    path: Path | None,
+    *,
+    namespace: str,
+    on_miss: OnMiss,
+    device: str,
+    dtype: str,
 ) -> Iterator[tuple[BlockModel, PassageIndex | None]]:
     """The model, and the index of a directory; their files are closed at the end."""
     with ExitStack() as stack, out.working(f"loading {settings.model} ..."):
@@ -169,6 +190,8 @@ def _open(
                 store=None if store is None else open_store(store),
                 attention=settings.attention,
                 precision=settings.precision,
+                namespace=namespace,
+                on_miss=on_miss,
                 device=device,
                 dtype=dtype,
             )
@@ -185,6 +208,7 @@ def _open(
                     attention=settings.attention,
                     precision=settings.precision,
                     max_bytes=settings.max_bytes,
+                    on_miss=on_miss,
                     device=device,
                     dtype=dtype,
                 )

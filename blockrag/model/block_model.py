@@ -7,12 +7,13 @@ KV states, and generation. It does not know about passages' embeddings, indexes 
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import logging
 import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args, overload
@@ -21,6 +22,7 @@ import torch
 
 from blockrag.codec import Precision
 from blockrag.errors import InputError, UnsupportedModelError
+from blockrag.fingerprint import check_namespace
 from blockrag.model.answer import Chunk, Generation
 from blockrag.model.batch import BatchLimits, answer_together, group_prompts, padding_error
 from blockrag.model.blocks import BlockSource
@@ -83,6 +85,19 @@ _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _BATCH_PROMPTS = 32
 
 
+@dataclass(slots=True)
+class _Shared:
+    """What a model and its views in other namespaces have in common, also where it is replaced.
+
+    Args:
+        pool: The memory of finished prompts; what it keeps lies under the keys of blocks, which name the namespace.
+        worker: The one thread on which the model's asynchronous calls run.
+    """
+
+    pool: BufferPool
+    worker: ThreadPoolExecutor
+
+
 class BlockModel:
     """A causal language model with block attention.
 
@@ -136,7 +151,7 @@ class BlockModel:
         self.template = template or self.facts.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
         self.store: BlockStore = MemoryStore(max_bytes=_DEFAULT_STORE_BYTES) if store is None else store
         self.precision: Precision = _checked_precision(precision or default_precision(model.dtype))
-        self.namespace = namespace
+        self.namespace = check_namespace(namespace)
         self.on_miss = _checked_on_miss(on_miss)
         self._kept_bytes = _checked_bytes(kept_bytes)
         self._weights: LoadedWeights | None = None
@@ -148,7 +163,7 @@ class BlockModel:
                 "logits_to_keep; load it with AutoModelForCausalLM"
             )
         self._trained = TrainedRange(self.facts, self.name)
-        self._pool = self._new_pool()
+        self._shared = _Shared(self._new_pool(), ThreadPoolExecutor(1, thread_name_prefix="blockrag-model"))
         self.profile: ModelProfile | None = None
         try:
             self.profile = verified_profile(model)
@@ -225,6 +240,30 @@ class BlockModel:
         )
         loaded._weights = weights
         return loaded
+
+    def in_namespace(self, namespace: str) -> BlockModel:
+        """This model for another tenant: the same weights, store, memory and thread, and none of the same blocks.
+
+        Blocks of one namespace are found from no other: not in the store, not among the prompts that stay composed or
+        the blocks on the device, and not while another request computes them, for each of these goes by the block's
+        key, which the namespace is part of. Views are cheap; two of one namespace share all of it.
+
+        Args:
+            namespace: What separates tenants; who knows it can compute the keys of its blocks. Empty for the space of
+                all who name none.
+
+        Raises:
+            InputError: The name cannot be encoded.
+        """
+        check_namespace(namespace)
+        if self.profile is not None:
+            # Found once for all views: it reads the weights, and its threads, flights and notes are shared.
+            view_source = replace(self._source, namespace=namespace)
+        view = copy.copy(self)
+        view.namespace = namespace
+        if self.profile is not None:
+            view.__dict__["_source"] = view_source
+        return view
 
     @property
     def name(self) -> str:
@@ -530,7 +569,7 @@ class BlockModel:
         For when passages must not stay in memory after they were deleted. Answers do not depend on it: kept blocks are
         found by their token ids, so that what is kept is never out of date.
         """
-        self._pool = self._new_pool()
+        self._shared.pool = self._new_pool()
         if self.device_pool is not None:
             self.device_pool.clear()
 
@@ -707,9 +746,13 @@ class BlockModel:
             notes=MissNotes(self.fingerprint),
         )
 
-    @cached_property
+    @property
+    def _pool(self) -> BufferPool:
+        return self._shared.pool
+
+    @property
     def _worker(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="blockrag-model")
+        return self._shared.worker
 
     @property
     def _batch_tokens(self) -> int:

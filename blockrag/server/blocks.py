@@ -66,8 +66,17 @@ async def prebuild(request: Request, body: BlocksRequest) -> Response:
 async def list_blocks(
     request: Request, after: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> dict[str, object]:
-    """A page of the stored keys in order, those behind `after`; and the store's counters."""
-    return await asyncio.to_thread(_page, serving_of(request).model.store, after, limit)
+    """A page of the stored keys in order, those behind `after`; and the store's counters.
+
+    A server with a namespace lists nothing: a key does not say whose it is.
+    """
+    model = serving_of(request).model
+    if model.namespace:
+        message = (
+            "this server has a namespace in a store that others use too, so that keys cannot be listed; ask for one"
+        )
+        raise ApiError(403, message, code="namespaced")
+    return await asyncio.to_thread(_page, model.store, after, limit)
 
 
 @router.get("/v1/blocks/{key}")

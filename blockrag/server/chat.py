@@ -155,6 +155,8 @@ class Completion:
             "blocks_reused": usage.blocks_reused,
             "blocks_computed": usage.blocks_computed,
             "blocks_damaged": usage.blocks_damaged,
+            "blocks_missing": usage.blocks_missing,
+            "store_failures": usage.store_failures,
             "model_ttft_s": generation.timings.ttft_s,
         }
         if self.sources:

@@ -1,9 +1,11 @@
 """Every error as HTTP status and OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`.
 
     400  invalid_json, invalid_value, unsupported_parameter, unknown_parameter, context_length_exceeded
-    401  invalid_api_key          403  foreign_origin       404  model_not_found, not_found
+    401  invalid_api_key          403  foreign_origin, namespaced
+    404  model_not_found, not_found
     408  request_timeout          413  request_too_large    405 and others  invalid_request
-    500  internal_error           504  timeout              503  queue_full, shutting_down, store_unavailable
+    500  internal_error, model_failed                       504  timeout
+    503  queue_full, shutting_down, store_unavailable, blocks_missing
 
 Source: https://platform.openai.com/docs/guides/error-codes
 """
@@ -20,7 +22,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
-from blockrag.errors import BlockRAGError, PassageIndexError, PromptTooLongError, StoreError
+from blockrag.errors import (
+    BlockRAGError,
+    MissingBlockError,
+    NotFiniteError,
+    PassageIndexError,
+    PromptTooLongError,
+    StoreError,
+)
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -63,6 +72,10 @@ def api_error(error: BlockRAGError) -> ApiError:
     """What a client sees of one of blockrag's errors."""
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), code="context_length_exceeded", param="messages")
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, str(error), code="model_failed")
+    if isinstance(error, MissingBlockError):
+        return ApiError(503, str(error), code="blocks_missing")
     if isinstance(error, (StoreError, PassageIndexError)):
         return ApiError(503, str(error), code="store_unavailable")
     return ApiError(400, str(error), code="invalid_value")

@@ -52,6 +52,9 @@ class Metrics:
         )
         self._tokens = Counter("blockrag_tokens", "Tokens of prompts and answers.", ["kind"], registry=registry)
         self._blocks = Counter("blockrag_blocks", "Blocks of prompts.", ["kind"], registry=registry)
+        self._failures = Counter(
+            "blockrag_store_failures", "Reads and writes of blocks that failed.", registry=registry
+        )
         waiting = Gauge("blockrag_queue_depth", "Requests that wait for their turn.", registry=registry)
         waiting.set_function(lambda: gate.waiting)
         running = Gauge("blockrag_in_flight", "Requests being answered.", registry=registry)
@@ -79,8 +82,10 @@ class Metrics:
             ("reused", usage.blocks_reused),
             ("computed", usage.blocks_computed),
             ("damaged", usage.blocks_damaged),
+            ("missing", usage.blocks_missing),
         ):
             self._blocks.labels(kind).inc(blocks)
+        self._failures.inc(usage.store_failures)
 
     def text(self) -> bytes:
         """All of them, in Prometheus' text format."""
