@@ -19,9 +19,9 @@ import pytest
 
 __all__ = ["Fault", "Proxy", "redis_server", "s3_server"]
 
-Fault = Literal["none", "stall", "reset", "error", "partial", "slow", "flip"]
-"""stall: says nothing any more. reset: ends connections. error: HTTP 500. partial: ends in the middle of an answer.
-slow: 10 kB/s. flip: a bit of an answer's body is another."""
+Fault = Literal["none", "stall", "reset", "error", "denied", "partial", "slow", "flip"]
+"""stall: says nothing any more. reset: ends connections. error: HTTP 500. denied: HTTP 403. partial: ends in the
+middle of an answer. slow: 10 kB/s. flip: a bit of an answer's body is another."""
 
 
 def _free_port() -> int:
@@ -142,8 +142,9 @@ class Proxy:
                     return
                 if source is client:
                     answered = 0
-                    if self.fault == "error":
-                        client.sendall(b"HTTP/1.1 500 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    if self.fault in ("error", "denied"):
+                        status = b"500" if self.fault == "error" else b"403"
+                        client.sendall(b"HTTP/1.1 %s No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % status)
                         return
                     server.sendall(data)
                 elif not self._answer(client, data, answered):

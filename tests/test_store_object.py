@@ -22,6 +22,7 @@ from store_servers import Proxy, s3_server
 from blockrag.errors import InputError, MissingDependencyError, StoreError, StoreFullError, UnsafeStoreError
 from blockrag.fingerprint import Fingerprint
 from blockrag.stores import ObjectStore, open_store
+from blockrag.stores.object_backend import ObjectOptions, connect
 
 SIZE = 16_384
 TESTS = str(Path(__file__).parent)
@@ -171,6 +172,14 @@ class TestWriteOnce:
         store.put(key(1), block(1, SIZE))
         assert store.get(key(1)) == block(1, SIZE)
 
+    def test_a_server_without_conditions_will_do(self, moto, prefix, bucket, monkeypatch):
+        monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+        obstore.put(bucket, "format.json", b'{"format": 1}')
+        with closing(open_store(url(moto, prefix))) as store:
+            for _ in range(2):
+                store.put(key(1), block(1, SIZE))
+            assert store.get(key(1)) == block(1, SIZE)
+
     def test_two_processes_write_the_same_keys(self, moto, prefix, store):
         code = """
             import sys
@@ -277,6 +286,39 @@ class TestFaults:
             assert store.verify().ok
         assert len(names(bucket)) == 9
 
+    def test_a_check_tells_late_from_damaged_and_removes_neither(self, filled, moto, prefix, bucket):
+        # obstore asks for the rest of what ends in the middle, twice.
+        proxy = Proxy(moto, after=10_000)
+        with closing(open_store(url(proxy.port, prefix))) as store:
+            for i in range(8):
+                store.put(key(i), block(i, 4 * SIZE))
+            # The list arrives, the blocks do not.
+            proxy.fault = "partial"
+            report = store.verify(fix=True)
+            assert (report.blocks, report.ok) == (0, False)
+            assert {(fault.kind, fault.fixed) for fault in report.faults} == {("unreadable", False)}
+            assert {fault.where for fault in report.faults} == {key(i) for i in range(8)}
+        proxy.close()
+        assert len(names(bucket)) == 9
+
+    def test_what_is_refused_is_missing_and_says_nothing_about_the_server(self, filled, proxy, prefix, caplog):
+        """S3 says 403 for an object that is not there to whoever may not list the bucket."""
+        with closing(open_store(url(proxy.port, prefix))) as store:
+            proxy.fault = "denied"
+            assert list(store.get_many([key(i) for i in range(8)])) == [(key(i), None) for i in range(8)]
+            for i in range(6):
+                with pytest.raises(StoreError, match=r"set AWS_ACCESS_KEY_ID .*, with the rights it needs"):
+                    store.put(key(i), block(i, SIZE))
+            proxy.fault = "none"
+            assert store.get(key(1)) == block(1, SIZE)
+            assert store.stats().failures == 14
+            assert "has not been answering" not in caplog.text
+
+    def test_without_any_rights_nothing_is_opened(self, proxy, prefix):
+        proxy.fault = "denied"
+        with pytest.raises(StoreError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"):
+            open_store(url(proxy.port, prefix))
+
     def test_a_server_that_cannot_be_reached_does_not_open(self, proxy, prefix):
         proxy.fault = "reset"
         with pytest.raises(StoreError, match="check that it can be reached"):
@@ -313,7 +355,9 @@ class TestUrls:
             ("s3://bucket?allow_http=1", "write true or false"),
             ("s3://bucket?endpoint=host:9000", "is no URL; write https://host:port"),
             ("s3://bucket?endpoint=http://host", "is not encrypted; use https://, or add allow_http=true"),
+            ("s3://bucket?endpoint=key:secret@host", "no credentials in the endpoint"),
             ("s3://bucket?password=secret", "unknown or repeated parameters"),
+            ("az://container", "Account must be specified"),
         ],
     )
     def test_what_cannot_be_used_is_refused_without_telling_secrets(self, bad, said, tmp_path):
@@ -329,6 +373,15 @@ class TestUrls:
             assert "allow_http=true" in store.url
             assert "region=us-east-1" in store.url
             assert "test" not in store.url.replace(prefix, "")
+
+    def test_other_providers_are_known(self, monkeypatch):
+        """Nothing of them is here to be asked."""
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "nobody")
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "eA==")
+        for scheme in ("gs", "az"):
+            reads, writes = connect(f"{scheme}://place/some/prefix", scheme, ObjectOptions(None, None, False), 1.0)
+            assert reads.prefix == writes.prefix == "some/prefix"
+            assert reads.client_options["timeout"] != writes.client_options["timeout"]
 
     def test_a_slash_at_the_end_means_nothing(self, moto, prefix, store):
         store.put(key(1), block(1, SIZE))
@@ -418,6 +471,11 @@ class TestDirectory:
         with pytest.raises(UnsafeStoreError, match="is no file of this store"):
             local.put(key(2), block(2, SIZE))
         assert list(elsewhere.iterdir()) == []
+
+    def test_deleting_goes_on_when_another_was_faster_with_one(self, local, root):
+        local.put(key(2), block(2, SIZE))
+        local._delete([name_of(9), name_of(1), name_of(2)], hurried=False)
+        assert list(local.keys()) == []
 
     def test_a_full_disk_is_said_to_be_full(self, root):
         code = """

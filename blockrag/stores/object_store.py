@@ -14,10 +14,8 @@ that was found damaged, is overwritten. Nothing is evicted: the bucket's lifecyc
 
 A directory (`file:///path`) is for a file system that machines share, and for tests; `DiskStore` is faster, keeps a
 budget and evicts. obstore writes a file beside its place and links it there, so that no reader sees half a block, but
-it does not synchronise to the medium (a block lost to a power failure is a miss), leaves the staging file of a killed
-writer behind, and follows symbolic links: this module looks at every path before obstore gets it, which stops links
-that lie there, not somebody who swaps one in at that moment. The root is 0700, files are made 0600 after they are
-written.
+it does not synchronise to the medium (a block lost to a power failure is a miss), and leaves the staging file of a
+killed writer behind. See `blockrag.stores.object_directory` for who may do what there.
 
 Credentials come from the environment and from the machine's role, as obstore finds them, never from the URL.
 """
@@ -27,12 +25,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import timedelta
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,23 +36,19 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 import obstore
-from obstore import store as backends
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    NotSupportedError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import AlreadyExistsError, NotSupportedError
+from obstore.store import LocalStore
 
 from blockrag import codec
-from blockrag.errors import DamagedBlockError, InputError, StoreError, StoreFullError, UnsafeStoreError
+from blockrag.errors import DamagedBlockError, InputError, StoreError
 from blockrag.fingerprint import Fingerprint, check_key
 from blockrag.stores.manifest import ManifestEntry, read_manifest, write_manifest
 from blockrag.stores.memory import byte_view
-from blockrag.stores.remote import DEFAULT_DEADLINE_S, PATIENT_S, WRITE_TIMEOUT_S, Explained, Remote, examine
+from blockrag.stores.object_backend import FAULTS, ObjectOptions, check_object_url, connect, explain
+from blockrag.stores.object_directory import ObjectDirectory
+from blockrag.stores.remote import DEFAULT_DEADLINE_S, PATIENT_S, Explained, Remote, examine
 from blockrag.stores.report import Fault, StoreReport, merged
-from blockrag.stores.urls import StoreUrl, parse_store_url, with_parameters
+from blockrag.stores.urls import parse_store_url, with_parameters
 
 if TYPE_CHECKING:
     from blockrag.stores.protocol import StoreStats
@@ -71,16 +63,6 @@ _MANIFEST_NAME: Final = "manifest.jsonl"
 _BLOCK_NAME: Final = re.compile(r"blocks/([0-9a-f]{2})/([0-9a-f]{62})")
 _FINGERPRINT_NAME: Final = re.compile(r"fingerprints/([0-9a-f]{32})\.json")
 _KEYS_AT_ONCE: Final = 1000
-_CONNECT_TIMEOUT_S: Final = 5.0
-_FAULTS: Final = (BaseError, OSError, NotImplementedError)
-_OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
-_FULL_ERRNOS: Final = {"27", "28", "122"}  # EFBIG, ENOSPC, EDQUOT
-_FULL_WORDS: Final = re.compile(r"\b507\b|QuotaExceeded|StorageFull|InsufficientStorage|EntityTooLarge")
-_ENVIRONMENT: Final = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or a role",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or a role",
-}
 
 
 class ObjectStore:
@@ -112,21 +94,27 @@ class ObjectStore:
     ) -> None:
         parts = parse_store_url(url, ())
         self._scheme = parts.scheme
-        self._options: dict[str, Any] = {"endpoint": endpoint, "region": region, "allow_http": allow_http}
+        self._options = ObjectOptions(endpoint, region, allow_http)
         self._deadline_s = deadline_s
-        _check_url(parts, self._options)
+        check_object_url(parts, self._options)
         place = parts.place if parts.scheme == "memory" else parts.place.rstrip("/")
         self._base = f"{parts.scheme}://{place}"
         self._remote = self._traffic(deadline_s)
-        self._root = _claim(Path(unquote(place))) if self._scheme == "file" else None
-        self._hurried, self._patient = self._clients()
+        self._directory: ObjectDirectory | None = None
+        self._hurried: Any
+        self._patient: Any
+        if self._scheme == "file":
+            self._directory = ObjectDirectory(Path(unquote(place)), marker=_FORMAT_NAME)
+            self._hurried = self._patient = LocalStore(self._directory.root)
+        else:
+            self._hurried, self._patient = connect(self._base, self._scheme, self._options, deadline_s)
         self._formatted = self._read_format()
 
     @property
     def url(self) -> str:
         """Where the store is, with what it was opened with."""
         deadline = None if self._deadline_s == DEFAULT_DEADLINE_S else float(self._deadline_s)
-        return with_parameters(self._base, {"deadline": deadline, **self._options})
+        return with_parameters(self._base, {"deadline": deadline, **asdict(self._options)})
 
     def get(self, key: str) -> memoryview | None:
         """The encoded block over a fresh buffer, or None; what fails, is late or damaged counts as missing.
@@ -307,21 +295,8 @@ class ObjectStore:
 
     def _traffic(self, deadline_s: float, *, checked: bool = True) -> Remote:
         return Remote(
-            self.url, deadline_s=deadline_s, fetch=self._fetch, faults=_FAULTS, explain=self._explain, checked=checked
+            self.url, deadline_s=deadline_s, fetch=self._fetch, faults=FAULTS, explain=self._explained, checked=checked
         )
-
-    def _clients(self) -> tuple[Any, Any]:
-        """What reads, within the deadline, and what writes, which may take longer."""
-        if self._scheme == "memory":
-            return (memory := backends.MemoryStore()), memory
-        if self._root is not None:
-            return (directory := backends.LocalStore(self._root)), directory
-        config = {name: value for name, value in self._options.items() if value and name != "allow_http"}
-        connect = partial(_client, self._base, config, self._options["allow_http"])
-        try:
-            return connect(timeout_s=self._deadline_s), connect(timeout_s=max(self._deadline_s, WRITE_TIMEOUT_S))
-        except BaseError as error:
-            raise InputError(f"cannot use the store {self._base!r}: {_first_line(error)}") from error
 
     def _fetch(self, key: str) -> memoryview | None:
         name = _block_name(key)
@@ -374,7 +349,7 @@ class ObjectStore:
         """Whether an object has the size of `data` and begins with the same `identity` bytes, checksum included."""
         try:
             size, head = self._head(name, identity)
-        except _FAULTS:
+        except FAULTS:
             return False
         return size == len(data) and head == data[:identity]
 
@@ -402,8 +377,8 @@ class ObjectStore:
         try:
             self._check_path(name)
             return memoryview(obstore.get(self._patient, name).bytes())
-        except _FAULTS as error:
-            raise self._explain(error).error from error
+        except FAULTS as error:
+            raise self._explained(error).error from error
 
     def _blocks(self) -> Iterator[tuple[str, int]]:
         for name, size in self._list("blocks"):
@@ -415,8 +390,8 @@ class ObjectStore:
             for portion in obstore.list(self._patient, prefix=prefix, chunk_size=_KEYS_AT_ONCE):
                 for entry in portion:
                     yield entry["path"], entry["size"]
-        except _FAULTS as error:
-            raise self._explain(error).error from error
+        except FAULTS as error:
+            raise self._explained(error).error from error
 
     def _read_format(self) -> bool:
         """Whether the store has its format already, once it is known to be this one."""
@@ -425,8 +400,8 @@ class ObjectStore:
             text = bytes(obstore.get(self._patient, _FORMAT_NAME).bytes())
         except FileNotFoundError:
             return False
-        except _FAULTS as error:
-            raise self._explain(error).error from error
+        except FAULTS as error:
+            raise self._explained(error).error from error
         try:
             found = json.loads(text)["format"]
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -460,94 +435,15 @@ class ObjectStore:
         return [Fault("missing", key, f"{_MANIFEST_NAME} names it", fixed=fixed) for key in missing]
 
     def _check_path(self, name: str) -> None:
-        """In a directory, refuse a name that does not lead to a regular file below the root, or to nothing."""
-        if self._root is None:
-            return
-        path = self._root / name
-        try:
-            sound = os.path.realpath(path.parent) == str(path.parent) and stat.S_ISREG(path.lstat().st_mode)
-        except FileNotFoundError:
-            sound = os.path.realpath(path.parent) == str(path.parent)
-        if not sound:
-            raise UnsafeStoreError(f"{path} is no file of this store; do not trust this directory, delete it")
+        if self._directory is not None:
+            self._directory.check(name)
 
     def _tighten(self, name: str) -> None:
-        if self._root is not None:
-            with suppress(FileNotFoundError):
-                (self._root / name).chmod(0o600)
+        if self._directory is not None:
+            self._directory.tighten(name)
 
-    def _explain(self, error: Exception) -> Explained:
-        what = f"the store {self.url} failed: {_first_line(error)}"
-        code = _OS_ERROR.search(str(error))
-        if (code is not None and code[1] in _FULL_ERRNOS) or _FULL_WORDS.search(_first_line(error)):
-            return Explained(StoreFullError(f"{what}; free space there"), unanswered=False)
-        if isinstance(error, FileNotFoundError):
-            return Explained(StoreError(f"{what}; create the bucket, or correct its name"), unanswered=False)
-        if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
-            hint = f"set {_ENVIRONMENT[self._scheme]}" if self._scheme in _ENVIRONMENT else "use another directory"
-            return Explained(StoreError(f"{what}; {hint}"), unanswered=False)
-        return Explained(StoreError(f"{what}; check that it can be reached"), unanswered=True)
-
-
-def _client(url: str, config: dict[str, Any], allow_http: bool, *, timeout_s: float) -> Any:
-    timeout = timedelta(seconds=timeout_s)
-    # Each scheme has its own type of configuration.
-    from_url: Any = backends.from_url
-    arguments: dict[str, Any] = {
-        "client_options": {
-            "allow_http": allow_http,
-            "timeout": timeout,
-            "connect_timeout": min(timeout, timedelta(seconds=_CONNECT_TIMEOUT_S)),
-        },
-        # Soon enough for the deadline to see a second attempt.
-        "retry_config": {
-            "max_retries": 2,
-            "retry_timeout": timeout,
-            "backoff": {"init_backoff": timedelta(milliseconds=50), "max_backoff": timedelta(seconds=1), "base": 2},
-        },
-    }
-    return from_url(url, config=config, **arguments) if config else from_url(url, **arguments)
-
-
-def _check_url(url: StoreUrl, options: dict[str, Any]) -> None:
-    """Raise InputError for a URL that names no place, holds credentials, or has options of another scheme."""
-    base, scheme, place = url.text, url.scheme, url.place
-    container = place.partition("/")[0]
-    if scheme in ("file", "memory"):
-        if container or (place != "/" if scheme == "memory" else not place.strip("/")):
-            raise InputError(f"store {base!r}: write file:///absolute/path, or memory:///")
-    elif "@" in place:
-        raise InputError(f"store {base!r}: no credentials in a URL; set {_ENVIRONMENT[scheme]}, in the environment")
-    elif not container or scheme not in _ENVIRONMENT:
-        raise InputError(f"store {base!r} names no bucket; write s3://bucket/prefix")
-    endpoint = options["endpoint"]
-    if (endpoint or options["allow_http"]) and scheme not in ("s3", "az"):
-        raise InputError(f"store {base!r}: endpoint and allow_http are for s3:// and az:// only")
-    if options["region"] and scheme != "s3":
-        raise InputError(f"store {base!r}: region is for s3:// only")
-    if endpoint and not endpoint.startswith(("https://", "http://")):
-        raise InputError(f"store {base!r}: endpoint {endpoint!r:.100} is no URL; write https://host:port")
-    if endpoint and "@" in endpoint:
-        raise InputError(f"store {base!r}: no credentials in the endpoint; set {_ENVIRONMENT[scheme]}")
-    if endpoint and endpoint.startswith("http://") and not options["allow_http"]:
-        raise InputError(f"store {base!r}: {endpoint} is not encrypted; use https://, or add allow_http=true")
-
-
-def _claim(path: Path) -> Path:
-    """The real path of a directory that is empty or a store, made if it is not there, for its owner only.
-
-    Raises:
-        StoreError: It is neither, or cannot be used.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        root = Path(os.path.realpath(path))
-        if not (root / _FORMAT_NAME).is_file() and any(root.iterdir()):
-            raise StoreError(f"{path} is neither empty nor a store; choose another directory")
-        root.chmod(0o700)
-    except OSError as error:
-        raise StoreError(f"cannot use {path} as a store ({error}); choose a directory that can be written") from error
-    return root
+    def _explained(self, error: Exception) -> Explained:
+        return explain(error, store=self.url, scheme=self._scheme)
 
 
 def _identity(data: memoryview) -> int | None:
@@ -565,8 +461,3 @@ def _block_name(key: str) -> str:
 def _key_of(name: str) -> str | None:
     match = _BLOCK_NAME.fullmatch(name)
     return None if match is None else match[1] + match[2]
-
-
-def _first_line(error: Exception) -> str:
-    """The message without obstore's debugging output, and without what URLs carry after a question mark."""
-    return re.sub(r"\?[^\s\"]*", "?...", str(error).partition("\n")[0])[:300]

@@ -303,8 +303,9 @@ class Remote:
         except self._faults as error:
             # An abandoned request has been reported already.
             if request is None or not request.abandoned:
-                self._breaker.failed()
-                _LOG.warning("%s", self._explain(error).error)
+                explained = self._explain(error)
+                self._report(failed=explained.unanswered)
+                _LOG.warning("%s", explained.error)
             return None, True
         if request is None or not request.abandoned:
             self._breaker.succeeded()
