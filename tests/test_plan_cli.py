@@ -107,7 +107,7 @@ def test_people_get_tables(documents: Path, tmp_path: Path, model: Path) -> None
         "int4",
         "2 passages",
         "breaks even at",
-        "hit rate (Zipf 1)",
+        "hit rate (Zipf 0.8)",
         "recommended",
     ):
         assert text in result.stdout
@@ -157,6 +157,10 @@ def test_documents_that_cannot_be_used_are_named(documents: Path, model: Path, t
     planned = run_json("plan", documents, "--model", model, "--no-measure", "--path", tmp_path, code=1)
     assert planned["documents"] == 3
     assert "broken.jsonl" in planned["failures"][0]["source"]
+    (documents / "broken.jsonl").write_text("{not json}\n" * 14, "utf-8")
+    result = run("plan", documents, "--model", model, "--no-measure", "--path", tmp_path)
+    assert result.stderr.count("error: broken.jsonl") == 10
+    assert "... and 4 more" in result.stderr
 
 
 def test_another_store_is_asked_for_by_its_url(documents: Path, tmp_path: Path, model: Path) -> None:

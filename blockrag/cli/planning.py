@@ -43,6 +43,8 @@ Sample = Annotated[
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Tokenize all of it, however large.")]
 
+_SHOWN_FAILURES = 10
+
 
 def plan(
     sources: Sources,
@@ -54,7 +56,7 @@ def plan(
     max_passage_tokens: MaxPassageTokens = None,
     k: K = 5,
     budget: Budgets = None,
-    zipf: Zipf = 1.0,
+    zipf: Zipf = 0.8,
     no_measure: NoMeasure = False,
     seconds: Seconds = 5.0,
     sample: Sample = "32MB",
@@ -102,9 +104,12 @@ def plan(
         )
         _show(out, name, made)
         out.result({"model": name, **_as_json(made)})
-        for failure in made.inventory.failures:
+        failures = made.inventory.failures
+        for failure in failures[:_SHOWN_FAILURES]:
             out.error(str(failure))
-        if made.inventory.failures:
+        if len(failures) > _SHOWN_FAILURES:
+            out.error(f"... and {len(failures) - _SHOWN_FAILURES:,} more, which --json lists")
+        if failures:
             out.exit_code = PARTLY_FAILED
         if not made.fits:
             out.exit_code = DOES_NOT_FIT
@@ -200,16 +205,17 @@ def _measured(made: Plan, speed: Speed) -> Table:
     from blockrag.planning.advice import times
 
     rates = speed.rates
+    to_come = "what is not stored yet" if made.inventory.stored else "everything"
     faster = f"loading is {times(speed.gain)}" if speed.gain >= 1 else f"computing is {times(1 / speed.gain)}"
     store = "a temporary store beside it" if made.target.scheme == "disk" else made.target.scheme
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = {
         "computing": f"{rates.prefill_tokens_per_s:,.0f} tokens/s in {rates.dtype} on {rates.device}, "
-        f"{rates.passages} passages at a time",
-        "building": f"{rates.build_tokens_per_s:,.0f} tokens/s, {_duration(speed.build_s)} for what is not stored yet",
+        f"{_count(rates.passages, 'passage')} at a time",
+        "building": f"{rates.build_tokens_per_s:,.0f} tokens/s, {_duration(speed.build_s)} for {to_come}",
         "loading": f"{_rate(rates.load_bytes_per_s)} from {store}, read, checked and placed, warm; "
         f"it breaks even at {_rate(speed.break_even_bytes_per_s)}",
-        f"{made.workload.k} passages": f"loaded in {_duration(speed.load_s)}, "
+        _count(made.workload.k, "passage"): f"loaded in {_duration(speed.load_s)}, "
         f"computed in {_duration(speed.compute_s)}: {faster} as fast",
     }
     for label, value in rows.items():
@@ -221,7 +227,7 @@ def _budgets(made: Plan) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     columns = ["budget", "of the blocks", f"hit rate (Zipf {made.workload.zipf:g})"]
     if made.speed is not None:
-        columns.append(f"{made.workload.k} passages, mean")
+        columns.append(f"{_count(made.workload.k, 'passage')}, mean")
     for column in columns:
         table.add_column(column, justify="right")
     for one in made.budgets:

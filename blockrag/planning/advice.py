@@ -33,7 +33,7 @@ class Advice:
 
 
 def advise(
-    *, gain: float, fits: bool, build_s: float, room: int | None, hit_rate: float, exponent: float = 1.0
+    *, gain: float, fits: bool, build_s: float, room: int | None, hit_rate: float, exponent: float = 0.8
 ) -> Advice:
     """Choose.
 

@@ -51,7 +51,7 @@ class Workload:
     """
 
     k: int = 5
-    zipf: float = 1.0
+    zipf: float = 0.8
 
     def __post_init__(self) -> None:
         if self.k < 1 or not 0 <= self.zipf < float("inf"):
