@@ -1,0 +1,64 @@
+"""Fuzzing of the block reader and of store directories. Of the index and its vectors: tests/test_index_fuzz.py."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from fresh import call
+
+# Beside twice the files: what SQLite keeps of an index, and its own start.
+SPARE_KIB = 64 << 10
+
+
+def test_mutated_blocks(scale, record):
+    cases = scale(ci=2_000, long=400_000)
+    counts = call("fuzzing:fuzz_blocks", cases=cases, timeout_s=scale(ci=240, long=7200))
+    assert counts["blocks"] >= cases
+    # Mutations reach every check of the codec, not only the first.
+    reasons = {"length", "magic", "version", "checksum", "key", "fingerprint", "shape", "precision"}
+    assert reasons <= counts.keys()
+    record(
+        "fuzzed blocks (hypothesis), half with a forged checksum",
+        tried=counts["blocks"],
+        unit="blocks",
+        result="0 crashes, hangs or executions; every damaged block refused; memory within twice the block and 256 KiB",
+    )
+
+
+def test_mutated_blocks_led_by_coverage(fast_path, scale, record):
+    if scale(ci=True, long=False):
+        pytest.skip("part of the long run")
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("atheris is not installed; pip install atheris")
+    seconds = 600
+    counts = call(
+        "fuzzing:fuzz_blocks_by_coverage", seconds=seconds, corpus=str(fast_path / "corpus"), timeout_s=seconds + 120
+    )
+    assert counts["blocks"] > 10_000
+    record(
+        "fuzzed blocks, led by coverage (atheris)",
+        tried=counts["blocks"],
+        unit="inputs",
+        result="0 crashes, hangs or executions; every damaged block refused; memory within twice the block and 256 KiB",
+    )
+
+
+def test_mutated_stores(fast_path, scale, record):
+    cases = scale(ci=500, long=20_000)
+    counts = call(
+        "fuzzing:fuzz_store", directory=str(fast_path), cases=cases, seed=8, timeout_s=scale(ci=240, long=7200)
+    )
+    assert counts["stores"] == cases
+    assert counts.get("wrong", 0) == counts.get("written: wrong", 0) == 0
+    assert counts["right"] > counts["missing"] > 0
+    assert counts["refused to open"] > 0
+    assert counts["grown KiB"] <= 2 * counts["size KiB"] + SPARE_KIB
+    record(
+        "fuzzed store directories",
+        tried=counts["stores"],
+        unit="stores",
+        result=f"0 crashes, hangs or executions; 0 wrong blocks in {counts['reads']:,} reads; {counts['right']:,} "
+        f"right, {counts['missing']:,} missed, {counts.get('refused', 0):,} refused by the codec; "
+        f"{counts['refused to open']:,} stores refused; memory grew by {counts['grown KiB']:,} KiB",
+    )
