@@ -44,6 +44,14 @@ class TestBreaker:
             "server failed 5 times in a row; what it keeps is missing until it answers, asked again every 10 s"
         ]
 
+    def test_a_failure_is_forgotten_in_time(self, breaker, clock):
+        breaker.failed()
+        clock.now = 9.9
+        assert breaker.shaken
+        clock.now = 10.0
+        assert not breaker.shaken
+        assert breaker.allows()
+
     def test_a_success_between_starts_the_count_anew(self, breaker):
         for _ in range(3):
             for _ in range(4):
@@ -191,8 +199,8 @@ def test_a_server_that_fails_is_left_alone_after_five(server, connect, caplog):
     assert caplog.text.count("no: gone") == 5
     assert caplog.text.count("failed 5 times in a row") == 1
     assert remote.stats().failures == 12
-    with pytest.raises(StoreError, match="has not been answering; it is asked again in some seconds"):
-        remote.write(lambda hurried: None)
+    with pytest.raises(StoreError, match="has not been answering; try again in some seconds"):
+        remote.write(lambda: None)
     assert remote.ask_each(lambda item: True, [1, 2]) == []
 
 
@@ -207,8 +215,8 @@ def test_a_damaged_block_is_missing_and_the_next_write_is_told(server, connect, 
     assert f"it is block {key(3)}" in caplog.text
     told = []
     for _ in range(2):
-        remote.counted_put(key(1), lambda hurried, damaged: told.append((hurried, damaged)))
-    assert told == [(False, True), (False, False)]
+        remote.counted_put(key(1), lambda damaged: told.append(damaged))
+    assert told == [True, False]
     assert connect(checked=False).get(key(1)) == damaged
 
 
@@ -217,21 +225,24 @@ def test_bytes_that_claim_to_be_no_block_are_handed_on(server, connect):
     assert [bytes(data) for _, data in connect().get_many([key(1), key(2), key(3)])] == [b"", b"x" * 5000, b"short"]
 
 
-def test_writes_hurry_once_the_server_has_failed(server, connect):
+def test_nothing_is_written_while_the_last_answer_did_not_come(server, connect):
     remote = connect()
     told = []
-    remote.write(told.append)
+    remote.write(lambda: told.append(1))
     server.error = ConnectionError("gone")
     remote.get(key(1))
-    remote.write(told.append)
-    remote.write(told.append)
-    assert told == [False, True, False]
+    with pytest.raises(StoreError, match="has not been answering; try again in some seconds"):
+        remote.write(lambda: told.append(2))
+    server.error = None
+    remote.get(key(1))
+    remote.write(lambda: told.append(3))
+    assert told == [1, 3]
 
 
 def test_a_write_that_is_only_refused_says_nothing_about_the_server(server, connect):
     remote = connect()
 
-    def refuse(hurried: bool) -> None:
+    def refuse() -> None:
         raise PermissionError("read only")
 
     for _ in range(20):
@@ -243,7 +254,7 @@ def test_a_write_that_is_only_refused_says_nothing_about_the_server(server, conn
 
 
 def test_a_store_error_of_the_write_itself_stays_as_it_is(connect):
-    def fill(hurried: bool) -> None:
+    def fill() -> None:
         raise StoreFullError("full")
 
     remote = connect()

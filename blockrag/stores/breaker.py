@@ -34,12 +34,14 @@ class Breaker:
         self._clock = clock
         self._lock = threading.Lock()
         self._failures = 0
+        self._failed_at = 0.0
         self._closed_until = 0.0
 
     @property
     def shaken(self) -> bool:
-        """Whether the last request failed."""
-        return self._failures > 0
+        """Whether the last request failed, not long ago."""
+        with self._lock:
+            return self._failures > 0 and self._clock() < self._failed_at + _PAUSE_S
 
     def allows(self) -> bool:
         """Whether to ask now; whoever is allowed reports `succeeded` or `failed`."""
@@ -64,8 +66,9 @@ class Breaker:
         """The server did not answer, or could not do what it always does."""
         with self._lock:
             self._failures += 1
+            self._failed_at = self._clock()
             if self._failures >= _FAILURES:
-                self._closed_until = self._clock() + _PAUSE_S
+                self._closed_until = self._failed_at + _PAUSE_S
             if self._failures == _FAILURES:
                 _LOG.warning(
                     "%s failed %d times in a row; what it keeps is missing until it answers, asked again every %g s",

@@ -146,7 +146,7 @@ class ObjectStore:
         """
         name = _block_name(check_key(key))
         view = byte_view(data)
-        self._remote.counted_put(key, lambda hurried, suspect: self._put(hurried, name, view, replace=suspect))
+        self._remote.counted_put(key, lambda suspect: self._put(name, view, replace=suspect))
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         """The subset of `keys` that is stored, one small request for each; what fails counts as missing.
@@ -201,9 +201,9 @@ class ObjectStore:
         text = fingerprint.to_json().encode()
         name = f"fingerprints/{fingerprint.digest}.json"
 
-        def create(hurried: bool) -> None:
+        def create() -> None:
             with suppress(AlreadyExistsError):
-                self._create(hurried, name, text)
+                self._create(name, text)
 
         self._remote.write(create)
 
@@ -259,7 +259,7 @@ class ObjectStore:
         self._remote.ask_each(label, sizes)
         entries.sort()
         text = memoryview(write_manifest(entries))
-        self._remote.write(lambda hurried: self._overwrite(hurried, _MANIFEST_NAME, text))
+        self._remote.write(lambda: self._overwrite(_MANIFEST_NAME, text))
         return len(entries)
 
     def verify(self, *, fix: bool = False) -> StoreReport:
@@ -315,34 +315,34 @@ class ObjectStore:
             return False
         return True
 
-    def _put(self, hurried: bool, name: str, data: memoryview, *, replace: bool) -> None:
+    def _put(self, name: str, data: memoryview, *, replace: bool) -> None:
         """Write a block; one that is there stays if it is the same."""
         # Bytes that are no encoded block carry no checksum by which one could be told from another.
         identity = None if replace else _identity(data)
         if identity is None:
-            self._overwrite(hurried, name, data)
+            self._overwrite(name, data)
             return
         try:
-            self._create(hurried, name, data)
+            self._create(name, data)
         except (NotSupportedError, NotImplementedError):
             # A server that cannot create conditionally. Who was faster wrote the same.
-            self._overwrite(hurried, name, data)
+            self._overwrite(name, data)
         except AlreadyExistsError:
             if not self._same(name, data, identity):
-                self._overwrite(hurried, name, data)
+                self._overwrite(name, data)
 
-    def _create(self, hurried: bool, name: str, data: bytes | memoryview) -> None:
-        self._ensure_format(hurried)
-        self._write(hurried, name, data, mode="create", use_multipart=False)
+    def _create(self, name: str, data: bytes | memoryview) -> None:
+        self._ensure_format()
+        self._write(name, data, mode="create", use_multipart=False)
 
-    def _overwrite(self, hurried: bool, name: str, data: memoryview) -> None:
-        self._ensure_format(hurried)
-        self._write(hurried, name, data)
+    def _overwrite(self, name: str, data: memoryview) -> None:
+        self._ensure_format()
+        self._write(name, data)
 
-    def _write(self, hurried: bool, name: str, data: bytes | memoryview, **options: Any) -> None:
+    def _write(self, name: str, data: bytes | memoryview, **options: Any) -> None:
         self._check_path(name)
         # obstore's memory keeps the caller's buffer instead of a copy.
-        obstore.put(self._client(hurried), name, bytes(data) if self._scheme == "memory" else data, **options)
+        obstore.put(self._patient, name, bytes(data) if self._scheme == "memory" else data, **options)
         self._tighten(name)
 
     def _same(self, name: str, data: memoryview, identity: int) -> bool:
@@ -359,19 +359,16 @@ class ObjectStore:
         found = obstore.get(self._patient, name, options={"range": (0, nbytes)})
         return found.meta["size"], memoryview(found.bytes())
 
-    def _delete(self, names: list[str], hurried: bool) -> None:
+    def _delete(self, names: list[str]) -> None:
         for name in names:
             self._check_path(name)
         try:
-            obstore.delete(self._client(hurried), names)
+            obstore.delete(self._patient, names)
         except FileNotFoundError:
             # Somebody else was faster with one of them; where that is an error, the others may be there still.
             for name in names:
                 with suppress(FileNotFoundError):
-                    obstore.delete(self._client(hurried), name)
-
-    def _client(self, hurried: bool) -> Any:
-        return self._hurried if hurried else self._patient
+                    obstore.delete(self._patient, name)
 
     def _read(self, name: str) -> memoryview:
         try:
@@ -411,12 +408,12 @@ class ObjectStore:
             raise StoreError(f"{message}; upgrade blockrag, or use another prefix")
         return True
 
-    def _ensure_format(self, hurried: bool) -> None:
+    def _ensure_format(self) -> None:
         if self._formatted:
             return
         text = json.dumps({"format": _FORMAT}).encode() + b"\n"
         with suppress(AlreadyExistsError):
-            self._write(hurried, _FORMAT_NAME, text, mode="create", use_multipart=False)
+            self._write(_FORMAT_NAME, text, mode="create", use_multipart=False)
         self._formatted = self._read_format()
 
     def _compared_with_manifest(self, *, fix: bool) -> list[Fault]:

@@ -116,7 +116,7 @@ class RedisStore:
                 f"a block of {len(view)} bytes exceeds Redis's limit of {_MAX_VALUE_BYTES} bytes per value; "
                 "split the passage, or keep such blocks in another store"
             )
-        self._remote.counted_put(key, lambda hurried, _: self._pick(hurried).set(name, view))
+        self._remote.counted_put(key, lambda _: self._patient.set(name, view))
 
     def contains_many(self, keys: Iterable[str]) -> set[str]:
         """The subset of `keys` that is stored; what fails counts as missing.
@@ -181,7 +181,7 @@ class RedisStore:
             StoreError: It could not be written, or the store is closed.
         """
         text = fingerprint.to_json()
-        self._remote.write(lambda hurried: self._pick(hurried).hset(_FINGERPRINTS, fingerprint.digest, text))
+        self._remote.write(lambda: self._patient.hset(_FINGERPRINTS, fingerprint.digest, text))
 
     def fingerprints(self) -> dict[str, Fingerprint]:
         """The remembered fingerprints by digest; one that cannot be read is left out and logged.
@@ -240,15 +240,13 @@ class RedisStore:
             retry=Retry(NoBackoff(), 1),
         )
 
-    def _pick(self, hurried: bool) -> Any:
-        return self._hurried if hurried else self._patient
-
     def _fetch(self, key: str) -> memoryview | None:
         found: Any = self._hurried.get(_PREFIX + key)
         return None if found is None else memoryview(found)
 
-    def _unlink(self, names: tuple[str, ...], hurried: bool) -> int:
-        return int(self._pick(hurried).unlink(*names))
+    def _unlink(self, names: tuple[str, ...]) -> int:
+        removed: Any = self._patient.unlink(*names)
+        return int(removed)
 
     def _scan(self) -> Iterator[str]:
         # A scan may say a key twice.

@@ -39,7 +39,7 @@ DEFAULT_DEADLINE_S: Final = 2.0
 """Enough for a new TLS connection and ten passages of an 8B model (170 MB) over 1 Gbit/s; what takes longer is usually
 computed sooner on a GPU. Set it to what computing the passages takes."""
 WRITE_TIMEOUT_S: Final = 30.0
-"""For one block, while the server answers; whoever writes is rarely awaited by anybody."""
+"""For one block, as long as the server answers."""
 
 PATIENT_S: Final = 3600.0
 """The deadline of a check: it is no prompt, and waits; each of its requests has `WRITE_TIMEOUT_S`."""
@@ -183,21 +183,21 @@ class Remote:
                     yes.append(item)
         return yes
 
-    def write(self, call: Callable[[bool], T]) -> T:
+    def write(self, call: Callable[[], T]) -> T:
         """Do something that must succeed.
 
-        Args:
-            call: Does it, hurried (within the deadline) if true: the server's last answer failed, or did not come.
+        Nothing is tried while the server's last answer did not come: who has just waited for a block in vain, and
+        computed it, must not wait as long again to store it.
 
         Raises:
-            StoreError: It failed, the server has been failing, or the store is closed.
+            StoreError: It failed, the server has not been answering, or the store is closed.
         """
         self.check_open()
-        if not self._breaker.allows():
+        if self._breaker.shaken or not self._breaker.allows():
             self._count(failures=1)
-            raise StoreError(f"the store {self._name} has not been answering; it is asked again in some seconds")
+            raise StoreError(f"the store {self._name} has not been answering; try again in some seconds")
         try:
-            done = call(self._breaker.shaken)
+            done = call()
         except self._faults as error:
             explained = self._explain(error)
             self._report(failed=explained.unanswered)
@@ -209,17 +209,17 @@ class Remote:
         self._breaker.succeeded()
         return done
 
-    def counted_put(self, key: str, put: Callable[[bool, bool], None]) -> None:
+    def counted_put(self, key: str, put: Callable[[bool], object]) -> None:
         """Write one block.
 
         Args:
             key: Its key.
-            put: Writes it: (hurried, whether a damaged copy has been seen there).
+            put: Writes it; told whether a damaged copy has been seen there.
 
         Raises:
             StoreError: As in `write`.
         """
-        self.write(lambda hurried: put(hurried, key in self._suspects))
+        self.write(lambda: put(key in self._suspects))
         with self._lock:
             self._suspects.discard(key)
             self._puts += 1
