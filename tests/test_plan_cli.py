@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def enormous(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of which a token takes more than a disk, and of which there are no weights."""
-    shape = {"num_hidden_layers": 64, "num_key_value_heads": 4, "head_dim": 1 << 34}
+    shape = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 1 << 38}
     return saved(tmp_path_factory.mktemp("enormous"), ModelCase("enormous", "llama", shape), weights=False)
 
 
