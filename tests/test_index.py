@@ -865,6 +865,16 @@ def test_a_damaged_database_is_named_with_what_to_do(how, tmp_path):
         PassageIndex(HashEncoder(), tmp_path)
 
 
+def test_a_database_that_lost_everything_is_no_new_one(tmp_path):
+    filled(tmp_path, count=5)
+    (tmp_path / "passages.sqlite3").write_bytes(b"")
+    with pytest.raises(PassageIndexError, match=r"damaged \(it is empty"):
+        PassageIndex(HashEncoder(), tmp_path)
+    (tmp_path / "vectors.faiss").unlink()
+    with PassageIndex(HashEncoder(), tmp_path) as index:
+        assert len(index) == 0
+
+
 def execute(directory, *statements):
     with closing(sqlite3.connect(directory / "passages.sqlite3")) as connection:
         for sql in statements:
@@ -872,6 +882,8 @@ def execute(directory, *statements):
         connection.commit()
 
 
+# Has the next opening take everything for sound, as a database that was written before there were checksums.
+FORGED = ["DROP TABLE digest", "UPDATE meta SET value = '1' WHERE name = 'schema'"]
 ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x AS name, x AS value FROM n"
 
 
@@ -892,8 +904,11 @@ ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELEC
         (["UPDATE embedding SET vector = x'00' WHERE row = 3"], "embedding of row 3 is not"),
         (["UPDATE embedding SET vector = 'text' WHERE row = 3"], "embedding of row 3 is not"),
         (["UPDATE embedding SET vector = zeroblob(300000000) WHERE row = 3"], "embedding of row 3 is not"),
-        ([f"UPDATE embedding SET vector = x'{'0000c07f' * DIMENSION}' WHERE row = 3"], "row 3 is not finite"),
+        ([f"UPDATE embedding SET vector = x'{'0000c07f' * DIMENSION}' WHERE row = 3", *FORGED], "row 3 is not finite"),
         (["UPDATE embedding SET row = -1 WHERE row = 3"], "not in order"),
+        ([f"UPDATE embedding SET vector = x'{'00' * 4 * DIMENSION}' WHERE row = 3"], "row 3 fails its checksum"),
+        (["UPDATE digest SET vector = x'' WHERE row = 3"], "row 3 fails its checksum"),
+        (["UPDATE digest SET row = 30 WHERE row = 3"], "row 3 fails its checksum"),
     ],
 )
 def test_a_foreign_or_tampered_database_is_refused(sql, message, tmp_path):
@@ -931,14 +946,40 @@ def test_a_foreign_or_tampered_database_is_refused(sql, message, tmp_path):
 )
 def test_values_that_were_never_written_are_damage_not_a_crash(sql, call, message, tmp_path):
     filled(tmp_path, count=5)
-    execute(tmp_path, sql)
+    execute(tmp_path, sql, *FORGED)
+    if message is None:
+        with PassageIndex(HashEncoder(), tmp_path) as index:
+            call(index)
+        return
+    with pytest.raises(PassageIndexError, match=message) as caught, PassageIndex(HashEncoder(), tmp_path) as index:
+        call(index)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("column", ["id", "title", "text", "metadata", "document_id", "ordinal"])
+def test_a_passage_that_changed_by_itself_is_never_handed_out(column, tmp_path):
+    filled(tmp_path, count=5)
+    other = {"metadata": "'{\"even\":true}'", "ordinal": "77"}.get(column, f"'d' || {column}")
+    execute(tmp_path, f"UPDATE passage SET {column} = {other} WHERE row = 3")
     with PassageIndex(HashEncoder(), tmp_path) as index:
-        if message is None:
-            call(index)
-            return
-        with pytest.raises(PassageIndexError, match=message) as caught:
-            call(index)
-        assert len(str(caught.value)) < 1000
+        for call in (lambda: index.search("q"), lambda: list(index.passages())):
+            with pytest.raises(PassageIndexError, match="fails its checksum"):
+                call()
+
+
+def test_an_index_of_format_1_becomes_one_of_format_2(tmp_path):
+    filled(tmp_path, count=1000)
+    with PassageIndex(HashEncoder(), tmp_path) as index:
+        expected = found(index.search("q", 50)), list(index.passages())
+    execute(tmp_path, *FORGED)
+    assert PassageIndex.peek(tmp_path) == IndexOrigin("hash-16", DIMENSION)
+    for _ in range(2):
+        with PassageIndex(HashEncoder(), tmp_path) as index:
+            assert (found(index.search("q", 50)), list(index.passages())) == expected
+            assert index.verify().ok
+    execute(tmp_path, "DROP TABLE digest")
+    with pytest.raises(PassageIndexError, match="lacks table digest"):
+        PassageIndex(HashEncoder(), tmp_path)
 
 
 def test_peeking_runs_nothing_that_a_database_brings(tmp_path):

@@ -35,6 +35,7 @@ _STRAYS = {
     "fact": "row NOT IN (SELECT row FROM passage)",
     "block": "row NOT IN (SELECT row FROM passage)",
     "embedding": "row NOT IN (SELECT row FROM passage)",
+    "digest": "row NOT IN (SELECT row FROM passage)",
     "document_hash": "document_id NOT IN (SELECT id FROM document)",
 }
 _AGAIN = "delete its document and ingest it again"

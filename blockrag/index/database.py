@@ -7,7 +7,8 @@ hold, and whoever follows the database (the FAISS side, here or in another proce
 numbers. Nothing here knows encoders or FAISS.
 
 Security: a file is data from outside. Its schema must be exactly the one of `schema`, every value is bound, nothing is
-pickled, and what is read has the types and the order that were written, or the file is damaged.
+pickled, and what is read has the types and the order that were written, or the file is damaged. Passages and vectors
+carry checksums, because SQLite's pages do not; they find accidents, not forgers.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from blockrag.encoders.protocol import Vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index.records import DocumentInfo
-from blockrag.index.schema import SCHEMA_VERSION, TABLES, connect, schema_problem
+from blockrag.index.schema import OLDER, SCHEMA_VERSION, TABLES, connect, schema_problem
 from blockrag.index.vectors import Rows
 from blockrag.passage import Passage
 
@@ -42,8 +44,9 @@ directories written before there were marks stay readable."""
 _VALUES_AT_ONCE = 900
 _PAGE_ROWS = 512
 _ROWS_AT_ONCE = 1 << 16
-# A passage's id, texts, document and metadata.
-_TEXTS = (str, str, str, str, str)
+# The fields of `StoredPassage`, and their checksum.
+_PASSAGES = """SELECT row, ordinal, id, title, text, metadata, document_id, digest.passage
+               FROM passage LEFT JOIN digest USING (row)"""
 _CANONICAL: dict[str, Any] = {"sort_keys": True, "separators": (",", ":")}
 
 
@@ -71,9 +74,9 @@ def peek(path: Path) -> tuple[str, int] | None:
             return None
         with closing(connect(path)) as connection:
             problem = schema_problem(connection)
-            if problem:
+            if problem and problem != OLDER:
                 raise ValueError(f"it {problem}")
-            if problem is not None:
+            if problem == "":
                 return None  # another process is about to create it
             facts = dict(connection.execute("SELECT name, value FROM meta WHERE name IN ('encoder', 'dimension')"))
         dimension = int(facts["dimension"])
@@ -134,11 +137,13 @@ class PassageDatabase:
         with self.transaction():
             with self._translated():
                 problem = schema_problem(self._connection)
-            if problem:
-                raise PassageIndexError(f"{self._where} is no passage index ({problem}); pass another directory")
-            if problem is not None:
+            if problem == "":
                 self._create(encoder)
                 return
+            if problem == OLDER and self._meta("schema") == "1":
+                self._add_digests()
+            elif problem:
+                raise PassageIndexError(f"{self._where} is no passage index ({problem}); pass another directory")
             self._check_meta(encoder)
 
     def _create(self, encoder: str) -> None:
@@ -146,6 +151,17 @@ class PassageDatabase:
             self.run(sql)
         facts = {"schema": SCHEMA_VERSION, "encoder": encoder, "dimension": str(self._dimension), "stamp": "0:new"}
         self.run_many("INSERT INTO meta VALUES (?, ?)", facts.items())
+
+    def _add_digests(self) -> None:
+        """Make a database of format 1 one of format 2; what it holds is taken to be sound."""
+        self.run(TABLES["digest"])
+        sql = """SELECT passage.row, ordinal, id, title, text, metadata, document_id, vector
+                 FROM passage LEFT JOIN embedding USING (row) WHERE row IN (?)"""
+        for rows in self.passage_rows():
+            found = self.run_with_list(sql, rows)
+            digests = [(row, _digest(row, *passage), _digest(row, vector)) for row, *passage, vector in found]
+            self.run_many("INSERT INTO digest VALUES (?, ?, ?)", digests)
+        self.run("UPDATE meta SET value = ? WHERE name = 'schema'", (SCHEMA_VERSION,))
 
     def _check_meta(self, encoder: str) -> None:
         schema, name, dimension = (self._meta(key) for key in ("schema", "encoder", "dimension"))
@@ -320,14 +336,17 @@ class PassageDatabase:
         """Those of `rows` that are there, ascending, with their vectors `[n, dimension]` float32."""
         wanted = 4 * self._dimension
         # The length is known without reading the vector, which in a damaged file could be as long as the file.
-        sql = f"""SELECT row, CASE WHEN typeof(vector) = 'blob' AND length(vector) = {wanted} THEN vector END
-                  FROM embedding WHERE row IN (?)"""
+        sql = f"""SELECT row, CASE WHEN typeof(embedding.vector) = 'blob' AND length(embedding.vector) = {wanted}
+                              THEN embedding.vector END, digest.vector
+                  FROM embedding LEFT JOIN digest USING (row) WHERE row IN (?)"""
         found = sorted(self.run_with_list(sql, rows.tolist()), key=lambda pair: pair[0])
-        for row, vector in found:
+        for row, vector, digest in found:
             if vector is None:
                 raise self._damaged(f"the embedding of row {row} is not {wanted} bytes long")
-        matrix = np.frombuffer(b"".join(vector for _, vector in found), dtype="<f4").reshape(-1, self._dimension)
-        numbers = np.array([row for row, _ in found], dtype=np.int64)
+            if _digest(row, vector) != digest:
+                raise self._damaged(f"the embedding of row {row} fails its checksum")
+        matrix = np.frombuffer(b"".join(vector for _, vector, _ in found), dtype="<f4").reshape(-1, self._dimension)
+        numbers = np.array([row for row, *_ in found], dtype=np.int64)
         self._check_ascending(numbers)
         if not np.isfinite(matrix).all():
             row = numbers[int(np.argmin(np.isfinite(matrix).all(axis=1)))]
@@ -341,63 +360,64 @@ class PassageDatabase:
 
     def passages_at(self, rows: Collection[int]) -> dict[int, Passage]:
         """The passages of `rows`, by row; rows that are gone are left out."""
-        sql = "SELECT row, id, text, title, document_id, metadata FROM passage WHERE row IN (?)"
-        return {row: self._passage(*columns) for row, *columns in self.run_with_list(sql, rows, (int, *_TEXTS))}
+        found = self._checked(self.run_with_list(f"{_PASSAGES} WHERE row IN (?)", rows))
+        return {stored.row: self._passage(stored) for stored in found}
 
     def passage(self, passage_id: str) -> Passage | None:
         """The passage of this id."""
-        sql = "SELECT id, text, title, document_id, metadata FROM passage WHERE id = ?"
-        found = self.run(sql, (passage_id,), _TEXTS)
-        return self._passage(*found[0]) if found else None
+        found = self.stored_passages([passage_id])
+        return self._passage(found[0]) if found else None
 
     def passages(self, document_id: str | None) -> Iterator[Passage]:
         """A document's passages in order, or all passages by row; read a page at a time, without holding the lock."""
-        if document_id is None:
-            sql = f"""SELECT row, id, text, title, document_id, metadata FROM passage
-                      WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"""
-            for page in self._pages(sql, (int, *_TEXTS)):
-                yield from [self._passage(*columns) for _, *columns in page]
+        if document_id is not None:
+            yield from map(self._passage, self.stored(document_id))
             return
-        sql = "SELECT id, text, title, document_id, metadata FROM passage WHERE document_id = ? ORDER BY ordinal, row"
-        yield from [self._passage(*columns) for columns in self.run(sql, (document_id,), _TEXTS)]
+        for page in self._pages(f"{_PASSAGES} WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"):
+            yield from map(self._passage, self._checked(page))
 
     def passage_rows(self) -> Iterator[list[int]]:
         """The rows of all passages, a page at a time."""
-        sql = f"SELECT row FROM passage WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"
-        for page in self._pages(sql, (int,)):
+        for page in self._pages(f"SELECT row FROM passage WHERE row > ? ORDER BY row LIMIT {_PAGE_ROWS}"):
             yield [row for (row,) in page]
 
-    def _pages(self, sql: str, types: tuple[type, ...]) -> Iterator[list[Any]]:
-        """The results of a statement that goes on behind the row which it is given."""
+    def _pages(self, sql: str) -> Iterator[list[Any]]:
+        """The results of a statement that goes on behind the row which it is given, and begins each with a row."""
         last = 0
-        while page := self.run(sql, (last,), types):
+        while page := self.run(sql, (last,)):
             # In a damaged file the way could lead back, and go on for ever.
             self._check_ascending(np.array([last, *(row for row, *_ in page)], dtype=np.int64))
             last = page[-1][0]
             yield page
 
-    def _passage(self, id: str, text: str, title: str, document_id: str, metadata: str) -> Passage:
+    def _checked(self, found: list[Any]) -> list[StoredPassage]:
+        """What `_PASSAGES` selects, if it is what was written."""
+        for *columns, digest in found:
+            if tuple(map(type, columns)) != (int, int, str, str, str, str, str):
+                raise self._damaged(f"a row holds {columns!r:.100}")
+            if _digest(*columns) != digest:
+                raise self._damaged(f"passage {columns[2]!r:.200} fails its checksum")
+        return [StoredPassage(*columns) for *columns, _ in found]
+
+    def _passage(self, stored: StoredPassage) -> Passage:
         try:
-            facts = json.loads(metadata)
+            facts = json.loads(stored.metadata)
             if not isinstance(facts, dict):
                 raise ValueError(f"a {type(facts).__name__}, not an object")
         except (ValueError, RecursionError) as error:
-            raise self._damaged(f"the metadata of passage {id!r:.200} is not JSON") from error
+            raise self._damaged(f"the metadata of passage {stored.id!r:.200} is not JSON") from error
         try:
-            return Passage(id=id, text=text, title=title, document_id=document_id, metadata=facts)
+            return Passage(stored.id, stored.text, stored.title, stored.document_id, facts)
         except InputError as error:
-            raise self._damaged(f"passage {id!r:.200} cannot be: {error}") from error
+            raise self._damaged(f"passage {stored.id!r:.200} cannot be: {error}") from error
 
     def stored(self, document_id: str) -> list[StoredPassage]:
         """A document's passages with their rows, in order."""
-        sql = """SELECT row, ordinal, id, title, text, metadata, document_id FROM passage
-                 WHERE document_id = ? ORDER BY ordinal, row"""
-        return [StoredPassage(*columns) for columns in self.run(sql, (document_id,), (int, int, *_TEXTS))]
+        return self._checked(self.run(f"{_PASSAGES} WHERE document_id = ? ORDER BY ordinal, row", (document_id,)))
 
     def stored_passages(self, passage_ids: Collection[str]) -> list[StoredPassage]:
         """Those of these passages that are there, in no particular order."""
-        sql = "SELECT row, ordinal, id, title, text, metadata, document_id FROM passage WHERE id IN (?)"
-        return [StoredPassage(*columns) for columns in self.run_with_list(sql, passage_ids, (int, int, *_TEXTS))]
+        return self._checked(self.run_with_list(f"{_PASSAGES} WHERE id IN (?)", passage_ids))
 
     def rows_of(self, passage_ids: Collection[str]) -> dict[str, tuple[int, str]]:
         """Row and document of each of these passages that is there."""
@@ -487,7 +507,10 @@ class PassageDatabase:
         with self._lock, self._translated():
             values = (passage.id, passage.document_id, ordinal, passage.title, passage.text, metadata)
             row = self._connection.execute(sql, values).lastrowid or 0
-        self.run("INSERT INTO embedding VALUES (?, ?)", (row, vector.astype("<f4", copy=False).tobytes()))
+        blob = vector.astype("<f4", copy=False).tobytes()
+        self.run("INSERT INTO embedding VALUES (?, ?)", (row, blob))
+        digest = _digest(row, ordinal, passage.id, passage.title, passage.text, metadata, passage.document_id)
+        self.run("INSERT INTO digest VALUES (?, ?, ?)", (row, digest, _digest(row, blob)))
         self._insert_facts(row, metadata)
         return row
 
@@ -497,6 +520,8 @@ class PassageDatabase:
         if (ordinal, metadata) == (stored.ordinal, stored.metadata):
             return
         self.run("UPDATE passage SET ordinal = ?, metadata = ? WHERE row = ?", (ordinal, metadata, stored.row))
+        digest = _digest(stored.row, ordinal, stored.id, stored.title, stored.text, metadata, stored.document_id)
+        self.run("UPDATE digest SET passage = ? WHERE row = ?", (digest, stored.row))
         if metadata != stored.metadata:
             self.run("DELETE FROM fact WHERE row = ?", (stored.row,))
             self._insert_facts(stored.row, metadata)
@@ -629,6 +654,16 @@ def _as_dict(value: object) -> dict[Any, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _digest(*values: int | str | bytes | None) -> bytes:
+    """XXH3 (xxhash.com) over values of one row, its number among them, so that no row can take another's place."""
+    state = xxhash.xxh3_64()
+    for value in values:
+        data = value.encode() if isinstance(value, str) else value if isinstance(value, bytes) else repr(value).encode()
+        state.update(b"%d:" % len(data))
+        state.update(data)
+    return state.digest()
 
 
 def fact_digests(metadata: Mapping[str, object]) -> set[bytes]:

@@ -13,9 +13,9 @@ from typing import Final
 
 from blockrag.index.files import create_private, make_private, refuse_irregular
 
-__all__ = ["BUSY_SECONDS", "SCHEMA_VERSION", "TABLES", "connect", "schema_problem"]
+__all__ = ["BUSY_SECONDS", "OLDER", "SCHEMA_VERSION", "TABLES", "connect", "schema_problem"]
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
 TABLES: Final = {
     "meta": "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "document": "CREATE TABLE document (id TEXT PRIMARY KEY) WITHOUT ROWID",
@@ -30,6 +30,10 @@ TABLES: Final = {
     # Vectors lie apart, so that reading row numbers or texts does not walk over them.
     "embedding": """CREATE TABLE embedding (
         row INTEGER PRIMARY KEY REFERENCES passage (row) ON DELETE CASCADE, vector BLOB NOT NULL)""",
+    # What SQLite has not: it would hand out a text in which a bit has flipped.
+    "digest": """CREATE TABLE digest (
+        row INTEGER PRIMARY KEY REFERENCES passage (row) ON DELETE CASCADE,
+        passage BLOB NOT NULL, vector BLOB NOT NULL)""",
     "fact": """CREATE TABLE fact (
         digest BLOB NOT NULL, row INTEGER NOT NULL REFERENCES passage (row) ON DELETE CASCADE,
         PRIMARY KEY (digest, row)) WITHOUT ROWID""",
@@ -41,6 +45,9 @@ TABLES: Final = {
     "term": "CREATE TABLE term (term TEXT PRIMARY KEY, passages INTEGER NOT NULL) WITHOUT ROWID",
 }
 BUSY_SECONDS: Final = 60.0
+OLDER: Final = "lacks table digest"
+"""The schema problem of format 1, which had all but these."""
+
 
 # What keeps SQLite from trusting a file (sqlite.org/security.html, "Untrusted SQLite Database Files").
 _PRAGMAS: Final = (
