@@ -74,7 +74,8 @@ def test_the_first_token_does_not_tell_what_others_have_stored(model, scale, rec
     # With n and n prompts chance has a standard error of 0.41 / sqrt(n): 0.029 for 200, 0.009 for 2,000.
     margin = scale(ci=0.15, long=0.05)
     across, work = _auc(model, model.in_namespace("victim"), model.in_namespace("attacker"), count, seed=5)
-    inside, control = _auc(model, model.in_namespace("one"), model.in_namespace("one"), count // 2, seed=6)
+    few = scale(ci=50, long=1_000)
+    inside, control = _auc(model, model.in_namespace("one"), model.in_namespace("one"), few, seed=6)
     # What does not depend on a clock at all.
     assert work == {(0, PASSAGES + 1)}
     assert control == {(0, PASSAGES + 1), (PASSAGES, 1)}
@@ -82,7 +83,7 @@ def test_the_first_token_does_not_tell_what_others_have_stored(model, scale, rec
     assert abs(across - 0.5) <= margin
     record(
         "a classifier by time to the first token",
-        tried=2 * count,
+        tried=2 * (count + few),
         unit="prompts",
         result=f"AUC {across:.3f} for blocks of another namespace (chance 0.5), {inside:.3f} for one's own",
     )
