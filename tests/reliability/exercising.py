@@ -16,7 +16,7 @@ from blockrag.stores import DiskStore
 
 __all__ = [
     "IN_FILES",
-    "IN_ROWS",
+    "NUMBERS",
     "exercise",
     "fill_and_die",
     "index_files",
@@ -27,7 +27,11 @@ __all__ = [
     "use",
 ]
 
-IN_FILES, IN_ROWS = 2, 6
+NUMBERS = range(8)
+"""The blocks of a small store."""
+IN_FILES = 2
+"""The first so many have files of their own; the others lie in the index."""
+
 _BUDGET = 10_000_000
 _NEW = 1000
 _HANG_S = 20
@@ -38,22 +42,23 @@ def size_of(number: int) -> int:
     return IN_FILE if number < IN_FILES else IN_ROW
 
 
-def exercise(root: Path, counts: Counter[str]) -> None:
+def exercise(root: Path, counts: Counter[str], numbers: range = NUMBERS) -> None:
     """Open the store and use it; a hang ends the process, and so does any error that is not the store's own.
 
     Args:
         root: Its directory.
         counts: Counts "reads" and what they gave, "refused to open" and the other refusals.
+        numbers: Its blocks.
     """
     signal.alarm(_HANG_S)
     with typed(counts, "refused to open"), contextlib.closing(DiskStore(root, max_bytes=_BUDGET)) as store:
-        use(store, counts)
+        use(store, counts, numbers)
     signal.alarm(0)
 
 
-def use(store: DiskStore, counts: Counter[str]) -> None:
+def use(store: DiskStore, counts: Counter[str], numbers: range = NUMBERS) -> None:
     """Read every block, list, check and write."""
-    for number in range(IN_FILES + IN_ROWS):
+    for number in numbers:
         counts["reads"] += 1
         with typed(counts, "refused to read"):
             counts[judge(number, store.get(key(number)), block(number, size_of(number)))] += 1
@@ -75,13 +80,13 @@ def typed(counts: Counter[str], name: str) -> Iterator[None]:
         counts[name] += 1
 
 
-def fill_and_die(root: Path) -> None:
+def fill_and_die(root: Path, numbers: range = NUMBERS) -> None:
     """Half of the blocks by a writer that closes the store, half by one that is killed and leaves its log behind."""
-    for first, die in ((0, False), (1, True)):
+    for portion, die in ((numbers[::2], False), (numbers[1::2], True)):
         child = os.fork()
         if not child:
             store = DiskStore(root)
-            for number in range(first, IN_FILES + IN_ROWS, 2):
+            for number in portion:
                 store.put(key(number), block(number, size_of(number)))
             if die:
                 os.kill(os.getpid(), signal.SIGKILL)

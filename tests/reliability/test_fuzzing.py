@@ -12,7 +12,7 @@ SPARE_KIB = 64 << 10
 
 
 def test_mutated_blocks(scale, record):
-    cases = scale(ci=2_000, long=400_000)
+    cases = scale(ci=2_000, long=100_000)
     counts = call("fuzzing:fuzz_blocks", cases=cases, timeout_s=scale(ci=240, long=7200))
     assert counts["blocks"] >= cases
     # Mutations reach every check of the codec, not only the first.

@@ -6,7 +6,7 @@ from fresh import call
 
 
 def test_killed_at_random_moments(fast_path, scale, record):
-    kills = scale(ci=100, long=4_000)
+    kills = scale(ci=100, long=4_700)
     counts = call(
         "dying:kill_at_random", directory=str(fast_path), kills=kills, seed=7, timeout_s=scale(ci=280, long=14_400)
     )

@@ -25,7 +25,7 @@ def test_a_block_at_every_length():
 
 
 def test_the_index_at_many_lengths(fast_path, scale, record):
-    step = scale(ci=101, long=1)
+    step = scale(ci=53, long=1)
     timeout_s = scale(ci=240, long=7200)
     counts = call("truncating:cut_index", directory=str(fast_path / "s"), step=step, timeout_s=timeout_s)
     assert counts.get("wrong", 0) == counts.get("written: wrong", 0) == 0

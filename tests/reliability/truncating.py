@@ -19,6 +19,7 @@ from blockrag.stores.files import StoreFiles
 __all__ = ["cut_index", "cut_index_of_an_open_store", "cut_large_store", "cut_values"]
 
 _LARGE_BLOCKS, _LARGE_BYTES = 200, 327_680
+_FEW = range(3)
 
 
 class CuttingFiles(StoreFiles):
@@ -66,13 +67,13 @@ def cut_index(directory: str, step: int) -> dict[str, int]:
         What `exercise` counts, and "lengths".
     """
     root = Path(directory)
-    fill_and_die(root)
+    fill_and_die(root, _FEW)
     sound = small_files(root)
     counts: Counter[str] = Counter()
     for target in index_files(sound):
         for length in range(0, len(sound[target]), step):
             restore(root, {**sound, target: sound[target][:length]})
-            exercise(root, counts)
+            exercise(root, counts, _FEW)
             counts["lengths"] += 1
     return dict(counts)
 
