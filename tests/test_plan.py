@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import get_args
@@ -338,6 +339,29 @@ def encoded(model: BlockModel, blocks: Sequence[Block]) -> list[memoryview]:
     store = MemoryStore()
     model.materialize(blocks, store)
     return [data for _, data in store.get_many(list(store.keys())) if data is not None]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"mounting a tmpfs is not allowed here ({error})")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_told_and_not_an_error(model: BlockModel, small_disk: Path) -> None:
+    documents = [Document(f"{n}", json.loads(line)["text"]) for n, line in enumerate(CORPUS[:60])]
+    made = plan(documents, model, target=Target.in_directory(small_disk / "kv"), seconds=30.0)
+    assert not made.fits
+    assert "full" in made.not_measured
+    assert (made.speed, made.advice) == (None, None)
+    assert list(small_disk.iterdir()) == []
 
 
 # -- targets -------------------------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ def plan(
                 raise InputError(f"there is no file or folder {str(source)!r}; pass paths that exist")
         from blockrag.encoders import open_encoder
         from blockrag.ingest import RichProgress
+        from blockrag.model.block_model import BlockModel
         from blockrag.planning.planner import Workload
         from blockrag.planning.planner import plan as make_plan
         from blockrag.planning.target import Target
@@ -102,6 +103,8 @@ def plan(
             sample_bytes=None if exact else parse_bytes(sample),
             progress=RichProgress(out.messages),
         )
+        if made.not_measured and isinstance(planned, BlockModel):
+            out.note(f"note: nothing is measured: {made.not_measured}")
         _show(out, name, made)
         out.result({"model": name, **_as_json(made)})
         failures = made.inventory.failures
@@ -271,6 +274,7 @@ def _as_json(made: Plan) -> dict[str, object]:
         "fits": made.fits,
         **asdict(made.workload),
         "budgets": [asdict(one) for one in made.budgets],
+        "not_measured": made.not_measured,
         "measured": None if speed is None else {**asdict(speed), "gain": speed.gain},
         "recommended": None if made.advice is None else asdict(made.advice),
         "failures": [

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from blockrag.codec import Precision
-from blockrag.errors import InputError
+from blockrag.errors import InputError, StoreError
 from blockrag.model.block_model import BlockModel
 from blockrag.model.outline import ModelOutline
 from blockrag.planning.advice import Advice, advise
@@ -119,6 +119,7 @@ class Plan:
             on the same disk.
         budgets: What smaller stores would do.
         speed: What was measured; None where nothing was.
+        not_measured: Why nothing was; empty where something was.
         advice: What to do; None where nothing was measured.
     """
 
@@ -135,6 +136,7 @@ class Plan:
     needed_bytes: int
     budgets: tuple[Budget, ...]
     speed: Speed | None
+    not_measured: str
     advice: Advice | None
 
     @property
@@ -179,8 +181,9 @@ def plan(
         readers: Reader per suffix, for file types that are not text.
 
     Raises:
-        InputError: A number is out of range, the sources hold no usable text, or the target cannot be written.
-        StoreError: The target cannot be used.
+        InputError: A number is out of range, or the sources hold no usable text.
+        StoreError: What is stored already cannot be told. (A target that cannot be measured is no error: a full disk is
+            what one wants to know about.)
 
     Warns:
         BeyondTrainingWarning: A prompt has more passages than the model was block-fine-tuned on.
@@ -203,21 +206,24 @@ def plan(
     if not inventory.blocks:
         reasons = "".join(f"; {failure}" for failure in inventory.failures[:3])
         raise InputError(f"the sources hold no text that can be stored{reasons}; pass files or folders with text")
-    rates = None
+    measured: Rates | str = "the model's weights were not loaded"
     if loaded is not None:
-        with target.scratch_store() as scratch:
-            rates = measure_rates(
-                loaded,
-                inventory.blocks,
-                scratch,
-                k=asked.k,
-                seconds=seconds,
-                encoder=encoder,
-                passages=inventory.passages_kept,
-            )
+        try:
+            with target.scratch_store() as scratch:
+                measured = measure_rates(
+                    loaded,
+                    inventory.blocks,
+                    scratch,
+                    k=asked.k,
+                    seconds=seconds,
+                    encoder=encoder,
+                    passages=inventory.passages_kept,
+                )
+        except StoreError as error:
+            measured = str(error)
     dimension = None if encoder is None else encoder.dimension
     limits = tuple(budgets) or (() if target.max_bytes is None else (target.max_bytes,))
-    return _evaluate(inventory, outline, target, asked, rates=rates, dimension=dimension, budgets=limits)
+    return _evaluate(inventory, outline, target, asked, measured, dimension=dimension, budgets=limits)
 
 
 def _stored(model: BlockModel, store: BlockStore, blocks: Sequence[Block]) -> list[int]:
@@ -232,8 +238,8 @@ def _evaluate(
     outline: ModelOutline,
     target: Target,
     asked: Workload,
+    measured: Rates | str,
     *,
-    rates: Rates | None,
     dimension: int | None,
     budgets: Sequence[int],
 ) -> Plan:
@@ -248,7 +254,7 @@ def _evaluate(
     needed = (min(new_bytes, max(budgets)) if budgets else new_bytes) + beside
     free = target.free_bytes()
     room = None if free is None else int(USABLE_SHARE * free)
-    speed = None if rates is None else _speed(rates, inventory, total, asked.k)
+    speed = None if isinstance(measured, str) else _speed(measured, inventory, total, asked.k)
     advice = None
     if speed is not None:
         advice = advise(
@@ -274,6 +280,7 @@ def _evaluate(
         needed_bytes=needed,
         budgets=tuple(_budget(one, inventory, total, asked.zipf, speed) for one in compared),
         speed=speed,
+        not_measured=measured if isinstance(measured, str) else "",
         advice=advice,
     )
 

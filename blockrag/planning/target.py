@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from blockrag.errors import InputError
+from blockrag.errors import StoreError
 from blockrag.stores import DiskStore, MemoryStore, open_store, read_store_url
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class Target:
         Whoever puts blocks into it takes out again what was not there before.
 
         Raises:
-            InputError: The place cannot be written.
-            StoreError: The store cannot be used.
+            StoreError: The place cannot be written, or the store cannot be used.
         """
         if self.scheme == "memory":
             with closing(MemoryStore()) as memory:
@@ -120,10 +119,7 @@ def _beside(directory: Path) -> Iterator[Path]:
     try:
         made = tempfile.TemporaryDirectory(prefix=".blockrag-plan-", dir=parent)
     except OSError as error:
-        raise InputError(
-            f"{parent} cannot be written ({error.strerror}), so loading from there cannot be measured; pass a place "
-            "that can be written, or measure nothing"
-        ) from error
+        raise StoreError(f"{parent} cannot be written ({error.strerror}); pass a place that can") from error
     with made as name:
         yield Path(name)
 
