@@ -11,7 +11,7 @@ import pytest
 from disk_stores import execute, run_python, two_blocks, value_files
 from test_stores import IN_FILE, SMALL, key, value
 
-from blockrag.errors import InputError, UnsafeStoreError
+from blockrag.errors import InputError, StoreError, UnsafeStoreError
 from blockrag.stores import BlockStore, DiskStore
 
 
@@ -222,6 +222,16 @@ class TestHostileDirectory:
             assert store._index.execute("PRAGMA mmap_size").fetchall() in ([], [(0,)])
             assert store._index.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
             assert store._index.execute("PRAGMA trusted_schema").fetchall() == [(0,)]
+
+    @pytest.mark.parametrize("statement", ["UPDATE Settings SET value = 'x'", "DELETE FROM Settings"])
+    def test_totals_that_are_no_numbers(self, disk, root, statement):
+        execute(root, f"{statement} WHERE key IN ('size', 'count')")
+        with pytest.raises(StoreError, match="its index is damaged"):
+            disk.stats()
+        assert bytes(disk.get(key(1))) == value(1)
+        assert {fault.kind for fault in disk.verify().faults} >= {"totals"}
+        disk.verify(fix=True)
+        assert disk.stats().blocks == 0
 
     def test_hostile_sizes_do_not_reach_the_arithmetic(self, root):
         execute(root, "UPDATE Cache SET size = ? WHERE key = ?", "x" * 10, key(1))

@@ -14,11 +14,13 @@ So everything here goes through a hardened `Disk` and `Cache`, and only this pac
 A value file is complete before its row is committed, so a killed writer leaves no partial value, only a file without a
 row, which a later open removes. Nothing is synchronized to the medium: after a power failure a row may point to a file
 that is short or gone. That is a miss (the lengths disagree, or the codec's checksum does), and a KV state is never the
-only copy of anything. SQLite's write-ahead log needs shared memory: keep the directory on a local file system, not on
-NFS.
+only copy of anything. On a full disk nothing is lost, and deleting blocks that have files makes room by itself; what
+lies in the index needs some megabytes from elsewhere before it can be deleted. SQLite's write-ahead log needs shared
+memory: keep the directory on a local file system, not on NFS.
 
-    store.py              DiskStore: what every store does, the budget, the order of use
-    directory.py          what lies in the directory, who may read it, whose turn it is to write
+    store.py              DiskStore: what every store does, the order of use, whose turn it is
+    eviction.py           what goes when a byte budget is spent
+    directory.py          what lies in the directory, who may read it, the lock of writers under a budget
     index.py              the rows: diskcache's tables, over safe connections and a known schema
     rows.py               what a row may hold
     values.py             the value files

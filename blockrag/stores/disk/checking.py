@@ -190,12 +190,12 @@ def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
 def _totals(checked: Checked, *, fix: bool) -> list[Fault]:
     index = checked.index
     with index.write():
-        wrong = [(name, index.total(name), index.counted(name)) for name in ("count", "size")]
+        wrong = [(name, index.kept(name), index.counted(name)) for name in ("count", "size")]
         wrong = [(name, kept, counted) for name, kept, counted in wrong if kept != counted]
         if fix and wrong:
             index.count_again()
     return [
-        Fault("totals", DBNAME, f"keeps a {name} of {kept}, its rows make {counted}", fixed=fix)
+        Fault("totals", DBNAME, f"keeps a {name} of {kept!r:.40}, its rows make {counted}", fixed=fix)
         for name, kept, counted in wrong
     ]
 

@@ -13,7 +13,7 @@ import re
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -173,6 +173,12 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         """Insert a row, or replace the one of its key; `value` is what is kept in the row."""
         self.execute(_UPSERT, (row.key, when, when, row.size, row.mode, row.filename, value))
 
+    def note_uses(self, uses: Mapping[str, float]) -> None:
+        """Write down when blocks were used last, unless they are known to have been used since."""
+        statement = "UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1 AND access_time < ?"
+        for key, when in uses.items():
+            self.execute(statement, (when, key, when))
+
     def drop(self, rows: Iterable[tuple[int, str | None]], discard: Discard) -> None:
         """Delete rows by id, and have their files removed."""
         for rowid, filename in rows:
@@ -181,8 +187,15 @@ class Index(diskcache.Cache):  # type: ignore[misc]
 
     def total(self, name: str) -> int:
         """The `count` of blocks, or the `size` of all in bytes, as the index keeps them."""
-        ((value,),) = self.execute("SELECT value FROM Settings WHERE key = ?", (name,)).fetchall()
-        return int(value)
+        kept = self.kept(name)
+        if type(kept) is not int:
+            raise sqlite3.DatabaseError(f"its {name} is {kept!r:.80}")
+        return kept
+
+    def kept(self, name: str) -> object:
+        """What stands where that total should be."""
+        row = self.execute("SELECT value FROM Settings WHERE key = ?", (name,)).fetchone()
+        return row[0] if row else None
 
     def counted(self, name: str) -> int:
         """The same, counted row by row."""
@@ -192,7 +205,7 @@ class Index(diskcache.Cache):  # type: ignore[misc]
     def count_again(self) -> None:
         """Set both totals to what is counted."""
         for name in _TOTALS:
-            self.execute("UPDATE Settings SET value = ? WHERE key = ?", (self.counted(name), name))
+            self.execute("INSERT OR REPLACE INTO Settings VALUES (?, ?)", (name, self.counted(name)))
 
     def named(self, filenames: Sequence[str]) -> set[str]:
         """Those of some value files that a row names."""

@@ -1,10 +1,9 @@
 """`DiskStore`: what every store does, by way of the index and the value files.
 
-A byte budget evicts the least recently used blocks, exactly as many as are needed, in the transaction that adds the
-new row: the bytes of all rows never exceed the budget, whichever process writes. Writers under a budget take turns
-from the first byte of a value file until the files of what was evicted are gone, so that the files never exceed the
-budget by more than the block that is being written. Reads take no lock; what they used is noted in memory and written
-with the next put, or at close.
+Under a byte budget, blocks are evicted in the transaction that adds the new row: the bytes of all rows never exceed
+the budget, whichever process writes. Writers under a budget take turns from the first byte of a value file until the
+files of what was evicted are gone, so that the files never exceed it by more than the block that is being written.
+Reads take no lock; what they used is noted in memory and written with the next put, or at close.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from blockrag.errors import InputError, StoreError, StoreFullError, UnsafeStoreError
+from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.fingerprint import check_key
 from blockrag.stores.disk.directory import MARKER, claim, only_writer
+from blockrag.stores.disk.eviction import make_room
 from blockrag.stores.disk.failures import FAILURES, translated
 from blockrag.stores.disk.fingerprint_files import FingerprintFiles
 from blockrag.stores.disk.index import Discard, Index, check_schema, chunks, marks
@@ -376,14 +376,17 @@ class DiskStore:
     @contextlib.contextmanager
     def _write(self) -> Iterator[Discard]:
         """A write transaction that first notes what was used; one thread of this process at a time."""
-        with self._write_lock, self._index.write() as discard:
+        with self._write_lock:
             with self._lock:
                 used, self._used = self._used, OrderedDict()
-            for key, when in used.items():
-                self._index.execute(
-                    "UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1 AND access_time < ?", (when, key, when)
-                )
-            yield discard
+            try:
+                with self._index.write() as discard:
+                    self._index.note_uses(used)
+                    yield discard
+            except BaseException:
+                with self._lock:
+                    self._used = OrderedDict({**used, **self._used})
+                raise
 
     def _commit(self, key: str, new: NewValue) -> int:
         """Put a written value's row in place of the one of its key; returns the number of blocks evicted for it."""
@@ -402,35 +405,9 @@ class DiskStore:
                     self._index.values.remove(new.filename)
 
     def _make_room(self, discard: Discard, key: str, size: int) -> int:
-        """Evict just enough for `size` bytes more under `key`; returns the number of blocks evicted."""
         if self._max_bytes is None:
             return 0
-        index = self._index
-        ((replaced,),) = index.execute("SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key = ?", (key,)).fetchall()
-        excess = index.total("size") - replaced + size - self._max_bytes
-        if excess <= 0:
-            return 0
-        victims: list[tuple[int, str | None]] = []
-        kept = 0
-        query = "SELECT rowid, key, size, filename FROM Cache WHERE key != ? ORDER BY access_time"
-        for rowid, other, freed, filename in index.execute(query, (key,)):
-            if type(freed) is not int or freed < 0:
-                raise UnsafeStoreError(f"the store holds a row of {freed!r:.20} bytes; delete the directory")
-            if other in self._pins:
-                kept += freed
-                continue
-            victims.append((rowid, filename))
-            excess -= freed
-            if excess <= 0:
-                break
-        # Should the total have been wrong, everything else is evicted and the block fits.
-        if excess > 0 and kept + size > self._max_bytes:
-            raise StoreFullError(
-                f"a block of {size} bytes finds no room in max_bytes={self._max_bytes} beside the blocks that running "
-                "prompts use; raise max_bytes"
-            )
-        index.drop(victims, discard)
-        return len(victims)
+        return make_room(self._index, discard, key, size, max_bytes=self._max_bytes, pins=self._pins)
 
     def _delete(self, keys: Sequence[str]) -> int:
         query = f"SELECT rowid, filename FROM Cache WHERE raw = 1 AND key IN ({marks(keys)})"
