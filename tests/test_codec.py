@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockrag.codec import (
+    LABEL_BYTES,
     BlockHeader,
     decode,
     encode,
     encoded_nbytes,
     payload_nbytes,
     read_header,
+    read_label,
     view_encoded,
 )
 from blockrag.errors import DamagedBlockError, InputError
@@ -363,3 +365,22 @@ class TestBadInput:
     def test_what_is_no_buffer_is_refused(self, data):
         with pytest.raises(InputError, match="no contiguous byte buffer"):
             read(data)
+
+
+class TestLabel:
+    def test_says_what_the_first_bytes_say(self):
+        data = encoded()
+        label = read_label(data[:LABEL_BYTES])
+        assert (label.key, label.fingerprint) == (KEY, FINGERPRINT)
+        assert label.checksum == xxhash.xxh3_128_hexdigest(bytes(data[:16] + data[32:]))
+        assert read_label(data) == label
+
+    @pytest.mark.parametrize(
+        ("head", "reason"),
+        [(lambda data: data[: LABEL_BYTES - 1], "length"), (lambda data: b"x" + data[1:], "magic"),
+         (lambda data: data[:8] + b"\2" + data[9:], "version")],
+    )  # fmt: skip
+    def test_refuses_what_is_no_block(self, head, reason):
+        with pytest.raises(DamagedBlockError) as error:
+            read_label(head(encoded()))
+        assert error.value.reason == reason

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import obstore
 import pytest
+from obstore.exceptions import GenericError
 from obstore.store import S3Store
 from reliability.blocks import FINGERPRINT, block, key
 from store_servers import Proxy, s3_server
@@ -22,7 +23,7 @@ from store_servers import Proxy, s3_server
 from blockrag.errors import InputError, MissingDependencyError, StoreError, StoreFullError, UnsafeStoreError
 from blockrag.fingerprint import Fingerprint
 from blockrag.stores import ObjectStore, open_store
-from blockrag.stores.object_backend import ObjectOptions, connect
+from blockrag.stores.object_backend import ObjectOptions, connect, explain
 
 SIZE = 16_384
 TESTS = str(Path(__file__).parent)
@@ -326,6 +327,13 @@ class TestFaults:
         proxy.fault = "denied"
         with pytest.raises(StoreError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"):
             open_store(url(proxy.port, prefix))
+
+    def test_without_credentials_they_are_asked_for(self):
+        """What obstore says then, on a machine that is none of a cloud's."""
+        asked = GenericError("Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token in 1 ms")
+        explained = explain(asked, store="s3://bucket", scheme="s3")
+        assert "this machine has no role: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(explained.error)
+        assert explained.unanswered
 
     def test_a_server_that_cannot_be_reached_does_not_open(self, proxy, prefix):
         proxy.fault = "reset"

@@ -28,6 +28,8 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 _OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
 _FULL_ERRNOS: Final = {"27", "28", "122"}  # EFBIG, ENOSPC, EDQUOT
 _FULL_WORDS: Final = re.compile(r"507 Insufficient|QuotaExceeded|StorageFull|EntityTooLarge")
+# Where a cloud's machines ask for their role: what is asked when the environment has no credentials.
+_ROLES: Final = re.compile(r"//(169\.254\.\d+\.\d+|metadata)\b")
 _ENVIRONMENT: Final = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS in the environment",
@@ -100,6 +102,8 @@ def explain(error: Exception, *, store: str, scheme: str) -> Explained:
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
         hint = f"set {_ENVIRONMENT[scheme]}, with the rights it needs" if scheme in _ENVIRONMENT else "see its rights"
         return Explained(StoreError(f"{what}; {hint}"), unanswered=False)
+    if scheme in _ENVIRONMENT and _ROLES.search(first):
+        return Explained(StoreError(f"{what}; this machine has no role: set {_ENVIRONMENT[scheme]}"), unanswered=True)
     return Explained(StoreError(f"{what}; check that it can be reached"), unanswered=True)
 
 
