@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -171,6 +171,27 @@ def test_a_sample_that_holds_everything_is_exact(outline: ModelOutline) -> None:
     exact = take_inventory(documents, outline)
     assert take_inventory(documents, outline, sample_bytes=exact.text_bytes) == exact
     assert (exact.scale, exact.error) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("sample_bytes", [None, 300])
+def test_progress_sees_every_document_once(outline: ModelOutline, sample_bytes: int | None) -> None:
+    seen: Counter[str] = Counter()
+
+    class Counting:
+        def start(self, total_documents: int | None) -> None:
+            seen["expected"] += total_documents or 0
+
+        def advance(self, *, documents: int = 0, passages: int = 0, tokens: int = 0) -> None:
+            seen.update(documents=documents, passages=passages, tokens=tokens)
+
+        def finish(self) -> None:
+            seen["finished"] += 1
+
+    documents = [Document(f"{n}", f"text number {n}") for n in range(40)]
+    inventory = take_inventory(documents, outline, sample_bytes=sample_bytes, progress=Counting())
+    assert (seen["expected"], seen["documents"], seen["finished"]) == (40, 40, 1)
+    assert seen["passages"] == inventory.counted_passages
+    assert seen["tokens"] == sum(length * count for length, count in inventory.lengths.items())
 
 
 def test_of_one_large_document_everything_is_counted(outline: ModelOutline) -> None:
@@ -483,6 +504,7 @@ def test_grouping_ranks_changes_nothing() -> None:
     [
         ({"gain": 0.5}, "none", "2.0 times as long"),
         ({}, "all", "everything fits"),
+        ({"room": None}, "all", "is not known"),
         ({"build_s": 90_000.0}, "lazy", "25.0 hours"),
         ({"fits": False}, "hot part", "60%"),
         ({"fits": False, "hit_rate": 0.01}, "none", "add disk"),

@@ -69,8 +69,8 @@ def plan(
 
     Counts what `ingest` would compute and store, and compares it with the room there is. Then measures, for a few
     seconds, how fast this machine computes passages and how fast it loads them, and says which is faster. Nothing
-    stays behind. Exit code 3 if the blocks take more than 80 % of the free space, or more than that of it with the
-    largest --budget.
+    stays behind. Exit code 3 if the blocks, or with --budget the largest such store, take more than 80 % of the free
+    space.
     """
     with reporting(as_json) as out:
         for source in sources:

@@ -51,13 +51,14 @@ def advise(
             f"loading from this store takes {times(1 / gain)} as long as computing; use a faster store "
             "(memory://, a local disk), or fewer bytes (--precision int8)",
         )
+    room_for_all = "everything fits" if room is not None else "how much room it has is not known"
     faster = f"loading is {times(gain)} as fast as computing"
     if fits and build_s <= _LONG_BUILD_S:
-        return Advice("all", f"{faster}, everything fits, and building it takes less than an hour")
+        return Advice("all", f"{faster}, {room_for_all}, and building it takes less than an hour")
     if fits:
         return Advice(
             "lazy",
-            f"{faster} and everything fits, but building it takes {build_s / 3600:,.1f} hours: store blocks when they "
+            f"{faster}, {room_for_all}, but building it takes {build_s / 3600:,.1f} hours: store blocks when they "
             "are first asked for, and build ahead what is asked for most",
         )
     if room is None or hit_rate < _LEAST_HIT_RATE:

@@ -143,13 +143,16 @@ def take_inventory(
     for name, value in (("max_passage_tokens", max_passage_tokens), ("sample_bytes", sample_bytes)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; pass at least 1")
-    counting = _Counting(outline, max_passage_tokens, stored, progress)
-    read = _Reading(read_documents(sources, on_failure=counting.failures.append, readers=readers))
+    # Of a sample, reading is what takes long; it is told as it goes.
+    per_document = 1 if sample_bytes is None else 0
+    counting = _Counting(outline, max_passage_tokens, stored, progress, per_document)
+    documents = read_documents(sources, on_failure=counting.failures.append, readers=readers)
+    read = _Reading(documents, progress, 1 - per_document)
     if progress is not None:
         progress.start(expected_documents(sources))
     try:
-        documents = iter(read) if sample_bytes is None else iter(_sample(read, sample_bytes))
-        for batch in in_batches(documents, _BATCH_DOCUMENTS):
+        chosen = read if sample_bytes is None else _sample(read, sample_bytes)
+        for batch in in_batches(chosen, _BATCH_DOCUMENTS):
             counting.run(batch)
     finally:
         if progress is not None:
@@ -162,6 +165,8 @@ class _Reading:
     """Documents as they are read, and how much there was."""
 
     source: Iterator[Document]
+    progress: Progress | None
+    per_document: int
     documents: int = 0
     text_bytes: int = 0
 
@@ -169,6 +174,8 @@ class _Reading:
         for document in self.source:
             self.documents += 1
             self.text_bytes += _text_bytes(document)
+            if self.progress is not None:
+                self.progress.advance(documents=self.per_document)
             yield document
 
 
@@ -180,6 +187,7 @@ class _Counting:
     max_tokens: int
     is_stored: Callable[[Sequence[Block]], Collection[int]] | None
     progress: Progress | None
+    per_document: int
     failures: list[DocumentFailure] = field(default_factory=list)
     documents: int = 0
     failed: int = 0
@@ -268,7 +276,7 @@ class _Counting:
                 self._keep(block, passage)
                 new.append(block)
         if self.progress is not None:
-            self.progress.advance(documents=1, passages=len(passages), tokens=tokens)
+            self.progress.advance(documents=self.per_document, passages=len(passages), tokens=tokens)
         return new
 
     def _keep(self, block: Block, passage: Passage) -> None:
@@ -283,7 +291,7 @@ class _Counting:
         self.failed += 1
         self.failed_bytes += _text_bytes(document)
         if self.progress is not None:
-            self.progress.advance(documents=1)
+            self.progress.advance(documents=self.per_document)
 
     def _error(self, all_documents: int) -> float | None:
         """How far off the token count may be: the ratio estimator's error (Cochran, Sampling Techniques, 6.4)."""
