@@ -27,10 +27,11 @@ from blockrag.model.facts import BlockAttentionFacts
 from blockrag.model.outline import ModelOutline
 from blockrag.passage import Passage
 from blockrag.planning import Plan, Target, Workload, plan
-from blockrag.planning.advice import advise
+from blockrag.planning.advice import Advice, advise
 from blockrag.planning.hit_rate import lru_hit_rate
 from blockrag.planning.inventory import take_inventory
-from blockrag.planning.measure import measure_rates
+from blockrag.planning.measure import Rates, measure_rates
+from blockrag.planning.planner import _evaluate
 from blockrag.planning.target import available_memory
 from blockrag.prompt import Block
 from blockrag.stores import DiskStore, MemoryStore, open_store
@@ -262,6 +263,21 @@ def test_the_arithmetic_of_a_plan(folder: Path, tmp_path: Path, model: BlockMode
     assert made.needed_bytes == made.new_bytes + made.index_bytes
     assert not (tmp_path / "index").exists(), "a plan makes nothing"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".blockrag")]
+
+
+def test_advice_heeds_the_budget_of_the_store_and_what_it_holds(outline: ModelOutline) -> None:
+    inventory = take_inventory([Document(f"{n}", f"text number {n}") for n in range(50)], outline)
+    rates = Rates("cpu", "float32", 5, 1e3, 1e3, 1e9)
+    total = inventory.nbytes(outline.profile.layout, outline.precision)
+
+    def advice(target: Target) -> Advice | None:
+        return _evaluate(inventory, outline, target, Workload(), rates, dimension=None, budgets=()).advice
+
+    unlimited, limited = advice(Target.at("memory://")), advice(Target.at(f"memory://?max_bytes={total // 2}"))
+    assert unlimited is not None
+    assert (unlimited.choice, unlimited.budget) == ("all", None)
+    assert limited is not None
+    assert (limited.choice, limited.budget) == ("hot part", total // 2)
 
 
 def test_the_index_is_about_as_large_as_said(tmp_path: Path, outline: ModelOutline) -> None:

@@ -253,13 +253,15 @@ def _evaluate(
     beside = index_bytes if target.scheme == "disk" else 0
     needed = (min(new_bytes, max(budgets)) if budgets else new_bytes) + beside
     free = target.free_bytes()
-    room = None if free is None else int(USABLE_SHARE * free)
+    # What is stored already has its place; a store's own budget is a limit as well.
+    usable = [] if free is None else [max(0, int(USABLE_SHARE * free) - beside) + total - new_bytes]
+    room = min([*usable, *([] if target.max_bytes is None else [target.max_bytes])], default=None)
     speed = None if isinstance(measured, str) else _speed(measured, inventory, total, asked.k)
     advice = None
     if speed is not None:
         advice = advise(
             gain=speed.gain,
-            fits=room is None or new_bytes + beside <= room,
+            fits=room is None or total <= room,
             build_s=speed.build_s,
             room=room,
             hit_rate=_hit_rate(inventory, total, total if room is None else room, asked.zipf),
