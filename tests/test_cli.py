@@ -156,7 +156,7 @@ def test_a_mistake_is_answered_without_loading_heavy_libraries() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "demo", "ingest", "query", "chat", "stats", "delete", "verify", "generate"],
+    ["", "demo", "ingest", "query", "chat", "stats", "delete", "verify", "verify-store", "generate"],
     ids=lambda c: c or "app",
 )
 def test_help_names_every_exit_code_and_fits_the_terminal(command: str) -> None:
@@ -360,7 +360,9 @@ def test_another_model_is_refused_unless_it_is_meant(
 def test_a_question_may_use_another_model(index: Path, other_model: str) -> None:
     result = run("query", QUESTION, "--path", index, "--model", other_model, *SHORT)
     assert result.exit_code == 0
-    note, warning = result.stderr.splitlines()
+    note, warning, reason = result.stderr.splitlines()
+    assert "4 blocks are missing" in reason
+    assert "another model's, for weights, config, rope, template, attention differ" in reason
     assert note.startswith("note: ")
     assert warning.startswith("warning: ")
     assert "not known to be fine-tuned for block attention" in warning

@@ -101,6 +101,14 @@ def test_a_precision_is_named_by_itself(make_model: Make) -> None:
     )
 
 
+def test_another_model_is_called_that(make_model: Make) -> None:
+    store = MemoryStore()
+    make_model("qwen3").materialize(PROMPT.local_blocks, store)
+    explained = make_model("mistral", precision="int8").explain_misses(store)
+    assert explained is not None
+    assert str(explained).endswith("another model's, for weights, config, precision, attention differ")
+
+
 def test_the_nearest_of_several_is_named(make_model: Make) -> None:
     store = MemoryStore()
     for case, precision in (("qwen2", "float32"), ("llama", "int8"), ("mistral", "float16")):

@@ -24,6 +24,9 @@ __all__ = ["KeyUnder", "MissExplanation", "MissNotes"]
 
 logger = logging.getLogger(__name__)
 
+# More is no change of one model, but another one.
+_MOST_IN_FULL = 3
+
 KeyUnder = Callable[[Sequence[int], str], str]
 """The key that a block's token ids have under the digest of another fingerprint."""
 
@@ -45,7 +48,10 @@ class MissExplanation:
     stored: int = 0
 
     def __str__(self) -> str:
-        reasons = "; ".join(map(str, self.changes))
+        if len(self.changes) <= _MOST_IN_FULL:
+            reasons = "; ".join(map(str, self.changes))
+        else:
+            reasons = f"another model's, for {', '.join(change.name for change in self.changes)} differ"
         found = f"; {self.stored} of the {self.asked} missing blocks are stored under it" if self.stored else ""
         return (
             f"the store's blocks were computed under another fingerprint, {self.fingerprint[:8]}...: {reasons}{found}"

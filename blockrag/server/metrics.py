@@ -53,7 +53,7 @@ class Metrics:
         self._tokens = Counter("blockrag_tokens", "Tokens of prompts and answers.", ["kind"], registry=registry)
         self._blocks = Counter("blockrag_blocks", "Blocks of prompts.", ["kind"], registry=registry)
         self._failures = Counter(
-            "blockrag_store_failures", "Reads and writes of blocks that failed.", registry=registry
+            "blockrag_prompt_store_failures", "Reads and writes of prompts' blocks that failed.", registry=registry
         )
         waiting = Gauge("blockrag_queue_depth", "Requests that wait for their turn.", registry=registry)
         waiting.set_function(lambda: gate.waiting)
