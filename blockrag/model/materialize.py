@@ -198,7 +198,9 @@ class BlockWriter:
         keys = [key for key, _ in batch]
         if self.model.device.type != "cpu":
             return list(zip(keys, computed, strict=True))
-        return [(key, self._encode(key, kv)) for key, kv in zip(keys, computed, strict=True)]
+        # Each is let go once it is encoded: a batch is held once, not twice.
+        computed.reverse()
+        return [(key, self._encode(key, computed.pop())) for key in keys]
 
     def _encode(self, key: str, kv: BlockKV) -> bytearray:
         try:

@@ -6,7 +6,6 @@ A row carries its own commit and date, so that the rows of one table may come fr
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ class FigureTable:
         result = {
             "command": f"pytest tests/reliability --reliability={self._scale}",
             "machine": describe_machine("cpu"),
-            "versions": {**versions(), "python_build": sys.implementation.name},
+            "versions": versions(),
             "rows": sorted(rows.values(), key=lambda row: (row["test"], row["what"])),
         }
         path.write_text(json.dumps(result, indent=1) + "\n")
