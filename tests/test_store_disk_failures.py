@@ -81,6 +81,19 @@ class TestFailures:
         failing.put(key(3), value(3, IN_FILE))
         assert bytes(failing.get(key(3))) == value(3, IN_FILE)
 
+    def test_a_sweep_that_fails_keeps_nobody_from_opening(self, root, files, caplog):
+        os.utime(root / "blockrag-store-v1", (0, 0))
+
+        class Unlistable(StoreFiles):
+            def names(self, directory):
+                if Path(directory) == root:
+                    return super().names(directory)
+                raise PermissionError(errno.EACCES, "Permission denied")
+
+        with contextlib.closing(DiskStore(root, files=Unlistable())) as store:
+            assert bytes(store.get(key(2))) == value(2, IN_FILE)
+        assert "files of killed writers stay" in caplog.text
+
     def test_a_failing_read_of_the_index(self, failing, files):
         files.fail("execute SELECT", sqlite3.OperationalError("disk I/O error"))
         with pytest.raises(StoreError, match="the medium fails"):

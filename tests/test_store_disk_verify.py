@@ -161,6 +161,15 @@ class TestVerify:
         assert not any((root / name).exists() for name in names)
         assert faults(disk) == []
 
+    def test_an_index_that_was_not_finished(self, disk, root):
+        (root / "rebuilding").mkdir(mode=0o700)
+        (root / "rebuilding/cache.db").touch(mode=0o600)
+        assert faults(disk) == []
+        age(root / "rebuilding")
+        assert faults(disk) == [("stray", "rebuilding", False)]
+        assert faults(disk, fix=True) == [("stray", "rebuilding", True)]
+        assert not (root / "rebuilding").exists()
+
     def test_what_blockrag_never_wrote_stays(self, disk, root):
         folder = file_of(root, 1).parent
         (root / "README").write_text("mine")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 from blockrag.stores.disk.directory import FINGERPRINTS, REBUILDING, SINGLE_FILES
 from blockrag.stores.disk.fingerprint_files import FingerprintFiles
 from blockrag.stores.disk.index import DBNAME, Discard, Index, chunks
+from blockrag.stores.disk.rebuilding import clear, is_abandoned
 from blockrag.stores.disk.rows import COLUMNS, Row, is_value_name
 from blockrag.stores.disk.sweeping import strays
 from blockrag.stores.disk.values import Buffer
@@ -183,8 +184,12 @@ def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
             yield Fault("stray", name, "no row names it; its writer was killed", fixed=fix)
     for name in list(checked.fingerprints.unfinished(before)):
         if fix:
-            checked.files.remove(f"{checked.root}/{name}")
+            checked.fingerprints.remove(name)
         yield Fault("stray", name, "its writer was killed", fixed=fix)
+    if is_abandoned(checked.root, checked.files, before=before):
+        if fix:
+            clear(f"{checked.root}/{REBUILDING}", checked.files)
+        yield Fault("stray", REBUILDING, "an index that was not finished", fixed=fix)
 
 
 def _totals(checked: Checked, *, fix: bool) -> list[Fault]:
@@ -203,7 +208,7 @@ def _totals(checked: Checked, *, fix: bool) -> list[Fault]:
 def _fingerprints(checked: Checked, *, fix: bool) -> Iterator[Fault]:
     for name, message in list(checked.fingerprints.faults()):
         if fix:
-            checked.files.remove(f"{checked.root}/{name}")
+            checked.fingerprints.remove(name)
         yield Fault("damaged", name, message, fixed=fix)
 
 

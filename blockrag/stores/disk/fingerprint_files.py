@@ -97,6 +97,11 @@ class FingerprintFiles:
                 if _UNFINISHED.fullmatch(name) and self._files.status_of(path).st_mtime < before:
                     yield f"{FINGERPRINTS}/{name}"
 
+    def remove(self, name: str) -> None:
+        """Remove what `faults` or `unfinished` named, unless somebody else has."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.remove(f"{self._directory}/{name.removeprefix(FINGERPRINTS + '/')}")
+
     def foreign(self) -> Iterator[str]:
         """Names within the store of what is not from here."""
         for name in self._names():

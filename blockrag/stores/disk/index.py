@@ -213,12 +213,11 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         return {name for (name,) in self.execute(query, filenames)}
 
     def close(self) -> None:
-        """Close this process's connections, those of other threads too."""
+        """Close this process's connections, those of other threads too; who goes on gets a new one."""
         if self._pid == os.getpid():
             for lease in list(self._leases):
                 lease.connection.close()
-            self._leases.clear()
-            self._local.lease = None
+            self._leases, self._local = weakref.WeakSet(), threading.local()
 
     def _end_transaction(self) -> None:
         """Leave no transaction open: a failed COMMIT does, and the next one could not begin."""

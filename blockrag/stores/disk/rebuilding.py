@@ -21,7 +21,7 @@ from blockrag.stores.disk.sweeping import value_files
 from blockrag.stores.disk.values import Buffer, SafeDisk
 from blockrag.stores.files import StoreFiles
 
-__all__ = ["rebuild_index"]
+__all__ = ["clear", "is_abandoned", "rebuild_index"]
 
 
 def rebuild_index(path: str | os.PathLike[str], *, files: StoreFiles | None = None) -> int:
@@ -53,10 +53,25 @@ def rebuild_index(path: str | os.PathLike[str], *, files: StoreFiles | None = No
                 with contextlib.suppress(FileNotFoundError):
                     files.remove(f"{root}/{name}")
             files.rename(f"{scratch}/{DBNAME}", f"{root}/{DBNAME}")
-            files.remove_directory(scratch)
+            clear(scratch, files)
     except FAILURES as error:
         raise translated(error, root, "write to") from error
     return len(found)
+
+
+def is_abandoned(root: str, files: StoreFiles, *, before: float) -> bool:
+    """Whether an unfinished index lies there that nobody has touched since a point in time."""
+    try:
+        return files.status_of(f"{root}/{REBUILDING}").st_mtime < before
+    except FileNotFoundError:
+        return False
+
+
+def clear(directory: str, files: StoreFiles) -> None:
+    """Remove a directory with the files of an index in it."""
+    for name in files.names(directory):
+        files.remove(f"{directory}/{name}")
+    files.remove_directory(directory)
 
 
 def _sound_blocks(root: str, files: StoreFiles) -> dict[str, tuple[Row, float]]:
@@ -85,9 +100,9 @@ def _sound_blocks(root: str, files: StoreFiles) -> dict[str, tuple[Row, float]]:
 
 def _write_index(directory: str, found: dict[str, tuple[Row, float]], files: StoreFiles) -> None:
     """A complete index in a directory of its own, replacing what an earlier attempt left there."""
+    with contextlib.suppress(FileNotFoundError):
+        clear(directory, files)
     files.make_directory(directory)
-    for name in files.names(directory):
-        files.remove(f"{directory}/{name}")
     create(f"{directory}/{DBNAME}", b"", files)
     with contextlib.closing(Index(directory, files)) as index, index.write():
         for row, when in found.values():

@@ -279,7 +279,7 @@ class DiskStore:
         with self._translated("read"):
             found = strays(self._root, self._index, self._files, before=before, remove=True)
             for name in list(self._fingerprints.unfinished(before)):
-                self._files.remove(f"{self._root}/{name}")
+                self._fingerprints.remove(name)
                 found.append(name)
         if found:
             _LOG.info("removed %d files of unfinished writes from %s", len(found), self._root)
@@ -312,11 +312,18 @@ class DiskStore:
                 marker = f"{self._root}/{MARKER}"
                 if time.time() - self._files.status_of(marker).st_mtime > _SWEEP_EVERY_S:
                     self._files.touch(marker)
-                    self.sweep()
+                    self._sweep_or_say()
             except BaseException:
                 self._index.close()
                 raise
         return self._index
+
+    def _sweep_or_say(self) -> None:
+        """A store whose housekeeping fails can be used all the same."""
+        try:
+            self.sweep()
+        except StoreError as error:
+            _LOG.warning("files of killed writers stay: %s", error)
 
     def _rows(self, keys: Sequence[str]) -> dict[str, Row]:
         with self._translated("read"):
