@@ -56,7 +56,7 @@ class Worker:
     def _ask(self, case):
         if self._process is None:
             self._start()
-        answer = self._send(case)
+        answer = self._send(case, patience_s=self.patience_s)
         size = sum(file.stat().st_size for file in self._sound.iterdir()) >> 10
         assert answer["peak_kib"] - self._base_kib < 2 * size + SPARE_KIB, "it took too much memory"
         assert not answer["executions"], answer["executions"]
@@ -72,17 +72,18 @@ class Worker:
         for kind in KINDS:
             with tempfile.TemporaryDirectory() as copy:
                 shutil.copytree(self._sound, copy, dirs_exist_ok=True)
-                answer = self._send({"directory": copy, "kind": kind})
+                # Importing everything takes its time where many tests run.
+                answer = self._send({"directory": copy, "kind": kind}, patience_s=200)
                 assert set(answer["calls"].values()) == {"ok"}, answer
         self._base_kib = answer["peak_kib"]
 
-    def _send(self, case):
+    def _send(self, case, *, patience_s):
         process = self._process
         process.stdin.write(json.dumps(case).encode() + b"\n")
         process.stdin.flush()
-        if not select.select([process.stdout], [], [], self.patience_s)[0]:
+        if not select.select([process.stdout], [], [], patience_s)[0]:
             self.stop()
-            raise AssertionError(f"no answer within {self.patience_s} s")
+            raise AssertionError(f"no answer within {patience_s} s")
         line = process.stdout.readline()
         if not line:
             status = process.wait()
