@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,9 @@ from live_server import DOCUMENTS, QUESTION, live_server
 from test_exactness import QUERY, oracle_greedy, prompt_of
 from tiny_models import REFUSED_CASES, tiny_model
 from tiny_tokenizers import plain_tokenizer
+from typer.testing import CliRunner
 
+from blockrag.cli import app
 from blockrag.encoders.lexical import LexicalEncoder
 from blockrag.errors import InputError
 from blockrag.index import PassageIndex
@@ -229,6 +232,24 @@ def test_a_server_with_a_namespace_lists_no_keys(demo: BlockModel) -> None:
         assert live.http.get(f"/v1/blocks/{made[0]['key']}").json()["usable"] is True
     with live_server(demo) as live:
         assert live.http.get("/v1/blocks").status_code == 200
+
+
+def test_the_command_line_keeps_namespaces_apart(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"blocks": ["The river runs north.", "Where does it run?"]}) + "\n")
+    store = f"disk://{tmp_path / 'kv'}"
+
+    def reused(number: int, *arguments: str) -> int:
+        command = ["generate", "--model", "demo", "--input", str(tmp_path / "in.jsonl"), "--store", store]
+        command += ["--output", str(tmp_path / f"out{number}.jsonl"), "--max-new-tokens", "2", "--json", *arguments]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        return int(json.loads(result.stdout)["usage"]["blocks_reused"])
+
+    assert [reused(1), reused(2), reused(3, "--namespace", "a"), reused(4, "--namespace", "a")] == [0, 1, 0, 1]
+    refused = CliRunner().invoke(app, ["serve", "--path", str(tmp_path), "--namespace", "a secret"])
+    assert refused.exit_code == 2
+    assert "--namespace is for a --store that several share" in refused.stderr
+    assert "secret" not in refused.stderr
 
 
 def test_errors_of_the_model_and_the_store_have_codes_of_their_own(demo: BlockModel) -> None:

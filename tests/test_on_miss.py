@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 from test_exactness import QUERY, oracle_greedy, prompt_of
 from tiny_models import CASES, ModelCase, tiny_model
 from tiny_tokenizers import plain_tokenizer
+from typer.testing import CliRunner
 
+from blockrag.cli import app
 from blockrag.codec import Precision
 from blockrag.encoders.lexical import LexicalEncoder
 from blockrag.errors import InputError, MissingBlockError, NotFiniteError, StoreError, UnsafeStoreError
@@ -25,7 +29,7 @@ from blockrag.model.sampling import GenerationOptions
 from blockrag.passage import Passage
 from blockrag.prompt import Block, SegmentedPrompt
 from blockrag.rag import BlockRAG
-from blockrag.stores import MemoryStore
+from blockrag.stores import DiskStore, MemoryStore
 
 Make = Callable[..., BlockModel]
 
@@ -320,6 +324,30 @@ def test_a_rag_takes_the_choice_with_every_question() -> None:
     assert answer.text == rag.query("Where does the river run?", options, attention="full").text
     with rag.chat(on_miss="error") as chat, pytest.raises(MissingBlockError):
         chat.query("Where does the river run?", options)
+
+
+def test_the_command_line_takes_the_choice(tmp_path: Path) -> None:
+    (tmp_path / "doc.txt").write_text("The river of the valley runs north.")
+    path = tmp_path / "index"
+    command = ["query", "Where does the river run?", "--path", str(path), "--max-new-tokens", "4", "--json"]
+
+    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+        result = CliRunner().invoke(app, [*arguments])
+        return result.exit_code, json.loads(result.stdout)
+
+    assert run("ingest", str(tmp_path / "doc.txt"), "--path", str(path), "--json")[0] == 0
+    assert run(*command, "--on-miss", "error")[0] == 0
+    with closing(DiskStore(path / "kv")) as store:
+        store.delete_many(list(store.keys()))
+    code, said = run(*command, "--on-miss", "error")
+    assert code != 0
+    assert "1 passages of this prompt are not stored" in said["error"]["message"]
+    code, said = run(*command, "--on-miss", "full")
+    assert (code, said["usage"]["blocks_missing"], said["usage"]["blocks_reused"]) == (0, 1, 0)
+    said_to_people = CliRunner().invoke(app, [*command[:-1], "--on-miss", "full"]).stdout
+    assert "in full attention, for 1 passages are not stored" in said_to_people
+    code, said = run(*command)
+    assert (code, said["usage"]["blocks_missing"]) == (0, 0)
 
 
 # -- Stores that fail --------------------------------------------------------------------------------------------------
