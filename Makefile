@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # One distribution per framework, each with tests and settings of its own.
 INTEGRATIONS := llama-index-llms-blockrag langchain-blockrag blockrag-haystack
 
-.PHONY: demo test test-core test-integrations test-oldest test-long lint format bench docs clean
+.PHONY: demo test test-core test-integrations test-oldest test-long reliability lint format bench docs clean
 .DEFAULT_GOAL := demo
 
 # Installed once; again only when what is to be installed has changed.
@@ -47,6 +47,11 @@ test-oldest: $(VENV)/.oldest
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "long"
+
+# Hours: kills, flips, cuts, full disks and fuzzing by the thousand. The table names what was tried and what came of it.
+reliability: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile --timeout=0 --reliability=long \
+		--reliability-results=benchmarks/results/reliability-cpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

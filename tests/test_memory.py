@@ -1,6 +1,6 @@
-"""Memory while a prompt is composed, and while documents are ingested: the resident set of a fresh process.
+"""Memory while a prompt is composed: the resident set of a fresh process, with a cache large enough to stand out.
 
-What is measured is large enough to stand out: a cache of 125 MiB, and documents with 500 MiB of KV states.
+The same is measured here while documents are ingested, for tests/reliability.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure_ingest(directory: str) -> dict[str, int]:
         gc.collect()
         forget_peak()
         before = resident("VmRSS")
-        tokens = run(range(1, 41))
+        tokens = run(range(1, 33))
         peak = resident("VmHWM") - before
     store.close()
     return {"batch": _BATCH_TOKENS["cpu"] * TOKEN_BYTES, "all": tokens * TOKEN_BYTES, "peak": peak}
@@ -161,16 +161,6 @@ def test_composing_needs_little_more_than_the_cache(
     assert cache == CACHE_BYTES
     assert peak >= 0.95 * cache, "the measurement sees the cache itself"
     assert peak <= 1.1 * cache, f"{peak / cache:.2f}"
-
-
-@LINUX
-def test_ingesting_holds_two_batches_at_most(tmp_path: Path) -> None:
-    """One is computed while the one before is written, however many documents there are."""
-    measured = in_a_fresh_process("ingest", tmp_path)
-    allowed = 2 * measured["batch"] + (64 << 20)
-    assert measured["all"] > 2 * allowed, "holding everything would be seen"
-    assert measured["peak"] >= 0.5 * measured["batch"], "the measurement sees a batch"
-    assert measured["peak"] <= allowed, f"{measured['peak'] / (1 << 20):.0f} MiB of {allowed / (1 << 20):.0f}"
 
 
 if __name__ == "__main__":
