@@ -982,6 +982,15 @@ def test_an_index_of_format_1_becomes_one_of_format_2(tmp_path):
         PassageIndex(HashEncoder(), tmp_path)
 
 
+def test_a_name_as_long_as_a_book_is_not_printed(tmp_path):
+    filled(tmp_path, count=5)
+    execute(tmp_path, f"UPDATE meta SET value = '{'n' * 100_000}' WHERE name IN ('encoder', 'dimension')")
+    for call in (lambda: PassageIndex.peek(tmp_path), lambda: PassageIndex(HashEncoder(), tmp_path)):
+        with pytest.raises(PassageIndexError) as caught:
+            call()
+        assert len(str(caught.value)) < 1000
+
+
 def test_peeking_runs_nothing_that_a_database_brings(tmp_path):
     filled(tmp_path, count=5)
     execute(tmp_path, "DROP TABLE meta", f"CREATE VIEW meta AS {ENDLESS}")

@@ -317,6 +317,11 @@ def test_an_index_that_cannot_be_opened_does_not_hide_the_store(directory):
     assert "passages.sqlite3 is" in result.stderr
 
 
+def test_a_database_that_lost_everything_is_damage(directory):
+    (directory / "index" / "passages.sqlite3").write_bytes(b"")
+    assert "it is empty" in run_json(directory, code=3)["unusable"][0]
+
+
 def test_a_store_whose_index_is_lost_gets_a_new_one(directory):
     (directory / "kv" / "cache.db").write_bytes(b"\xff" * 8192)
     for name in ("cache.db-wal", "cache.db-shm"):

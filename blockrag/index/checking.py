@@ -19,7 +19,7 @@ from blockrag.encoders.lexical import LexicalEncoder
 from blockrag.encoders.protocol import Encoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index.database import PassageDatabase, fact_digests, peek
-from blockrag.index.files import DATABASE_FILE, VECTOR_FILE
+from blockrag.index.files import DATABASE_FILE, VECTOR_FILE, refuse_emptied
 from blockrag.index.vector_file import VectorFileError, read_kind
 from blockrag.index.vectors import Kind, Rows, VectorIndex
 from blockrag.passage import Passage
@@ -90,6 +90,7 @@ def check_index(path: Path, *, fix: bool = False) -> IndexReport:
         InputError: There is no index.
         PassageIndexError: The database cannot be opened; the message says what to do.
     """
+    refuse_emptied(path)
     origin = peek(path / DATABASE_FILE)
     if origin is None:
         raise InputError(f"there is no passage index in {path}; pass the directory of one")

@@ -85,7 +85,8 @@ def peek(path: Path) -> tuple[str, int] | None:
         return str(facts["encoder"]), dimension
     except (OSError, sqlite3.Error, KeyError, TypeError, ValueError) as error:
         raise PassageIndexError(
-            f"{path} is no passage index ({error}); pass another directory, or delete it and ingest the documents again"
+            f"{path} is no passage index ({error!s:.300}); pass another directory, or delete it and ingest the "
+            "documents again"
         ) from error
 
 
@@ -167,12 +168,12 @@ class PassageDatabase:
         schema, name, dimension = (self._meta(key) for key in ("schema", "encoder", "dimension"))
         if schema != SCHEMA_VERSION:
             raise PassageIndexError(
-                f"{self._where} has format {schema}, this blockrag reads format {SCHEMA_VERSION}; open it with the "
+                f"{self._where} has format {schema:.20}, this blockrag reads format {SCHEMA_VERSION}; open it with the "
                 "release that wrote it, or ingest the documents into a new directory"
             )
         if (name, dimension) != (encoder, str(self._dimension)):
             raise PassageIndexError(
-                f"{self._where} was built with encoder {name!r} ({dimension} dimensions), not {encoder!r} "
+                f"{self._where} was built with encoder {name!r:.200} ({dimension:.20} dimensions), not {encoder!r} "
                 f"({self._dimension}); open it with that encoder, or ingest the documents into a new directory"
             )
 

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final
 
+from blockrag.errors import PassageIndexError
+
 __all__ = [
     "DATABASE_FILE",
     "VECTOR_FILE",
@@ -19,6 +21,7 @@ __all__ = [
     "create_private",
     "make_private",
     "open_regular",
+    "refuse_emptied",
     "refuse_irregular",
 ]
 
@@ -78,3 +81,18 @@ def make_private(path: Path) -> None:
     with suppress(OSError):
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
+
+
+def refuse_emptied(directory: Path) -> None:
+    """An empty database is a new one, unless there are vectors of what it held.
+
+    Raises:
+        PassageIndexError: There are.
+    """
+    file = directory / DATABASE_FILE
+    with suppress(OSError):
+        if file.lstat().st_size == 0 and (directory / VECTOR_FILE).exists():
+            raise PassageIndexError(
+                f"{file} is damaged (it is empty, and there are vectors); restore it from a backup, or delete its "
+                "directory and ingest the documents again"
+            )

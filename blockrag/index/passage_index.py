@@ -29,7 +29,7 @@ from blockrag.encoders.given import as_vectors
 from blockrag.encoders.protocol import Encoder, RescoringEncoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
 from blockrag.index.database import PassageDatabase, StoredPassage, TermCounts, peek
-from blockrag.index.files import DATABASE_FILE, VECTOR_FILE, make_private
+from blockrag.index.files import DATABASE_FILE, VECTOR_FILE, make_private, refuse_emptied
 from blockrag.index.locks import ReadWriteLock
 from blockrag.index.nearest import nearest_rows
 from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexOrigin, IndexStats
@@ -75,7 +75,7 @@ class PassageIndex:
         self._closed = False
         if self._path is not None:
             _make_directory(self._path)
-            _refuse_emptied(self._path)
+            refuse_emptied(self._path)
         database_file = self._path / DATABASE_FILE if self._path is not None else None
         self._database = PassageDatabase(database_file, encoder=encoder.name, dimension=encoder.dimension)
         # The database state the vectors in memory are, and the one in the vector file; "" is neither.
@@ -777,17 +777,6 @@ def _bytes_in(directory: Path) -> int:
             with suppress(FileNotFoundError):
                 total += file.stat().st_size
     return total
-
-
-def _refuse_emptied(path: Path) -> None:
-    """An empty database is a new one, unless there are vectors of what it held."""
-    file = path / DATABASE_FILE
-    with suppress(OSError):
-        if file.lstat().st_size == 0 and (path / VECTOR_FILE).exists():
-            raise PassageIndexError(
-                f"{file} is damaged (it is empty, and there are vectors); restore it from a backup, or delete its "
-                "directory and ingest the documents again"
-            )
 
 
 def _make_directory(path: Path) -> None:

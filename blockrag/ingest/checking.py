@@ -141,15 +141,13 @@ def _parts(path: Path) -> tuple[Path | None, Path | None]:
 
 def _with_sound_keys(report: IndexReport) -> IndexReport:
     """The report, with faults for block keys that are none."""
-    bad = []
+    bad: dict[str, Fault] = {}
     for key in sorted(report.block_keys):
         try:
             check_key(key)
         except InputError as error:
-            bad.append(key)
-            fault = Fault("damaged", f"block key {key!r:.80}", f"{error}; ingest the documents again")
-            report = replace(report, faults=(*report.faults, fault))
-    return replace(report, block_keys=report.block_keys.difference(bad))
+            bad[key] = Fault("damaged", f"block key {key!r:.80}", f"{error}; ingest the documents again")
+    return replace(report, block_keys=report.block_keys - bad.keys(), faults=(*report.faults, *bad.values()))
 
 
 def _opened(path: Path, *, fix: bool) -> tuple[BlockStore, list[Fault]]:
