@@ -7,12 +7,9 @@ from itertools import count
 
 import pytest
 import test_stores
-from reliability.blocks import FINGERPRINT, block
-from reliability.blocks import key as block_key
 from store_servers import redis_server, s3_server
 from test_stores import IN_FILE, SMALL, key, value
 
-from blockrag.fingerprint import Fingerprint
 from blockrag.stores import BlockStore, DiskStore, MemoryStore, TieredStore, open_store
 
 KINDS = ["s3", "file", "memory:///", "redis", "tiered"]
@@ -132,48 +129,6 @@ class TestContract(test_stores.TestEveryStore):
         assert type(again) is type(store)
         assert again.url == store.url
         again.close()
-
-    def test_pins_may_nest(self, store):
-        store.put(key(1), b"x")
-        with store.pinned([key(1)]), store.pinned([key(1), key(2)]):
-            store.put(key(2), b"y")
-        assert bytes(store.get(key(2))) == b"y"
-
-    def test_fingerprints_are_remembered(self, store):
-        factors = dict.fromkeys(["weights", "config", "rope", "tokenizer", "template"], "x")
-        known = [
-            Fingerprint(**factors, compute_dtype=dtype, precision="int8")
-            for dtype in ("float32", "bfloat16", "float32")
-        ]
-        assert store.fingerprints() == {}
-        for fingerprint in known:
-            store.remember_fingerprint(fingerprint)
-        assert store.fingerprints() == {fingerprint.digest: fingerprint for fingerprint in known}
-        assert list(store.keys()) == []
-
-    def test_a_sound_store_is_verified(self, store):
-        for i in range(5):
-            store.put(block_key(i), block(i, 2048))
-        report = store.verify()
-        assert (report.ok, report.faults, report.blocks, report.bytes) == (True, (), 5, 5 * 2048)
-        assert report.fingerprints == {FINGERPRINT: 5}
-        assert report.url == store.url
-
-    def test_damage_is_reported_and_removed(self, store):
-        for i in range(3):
-            store.put(block_key(i), block(i, 2048))
-        damaged, other = bytearray(block(3, 2048)), block(4, 2048)
-        damaged[1000] ^= 1
-        store.put(block_key(3), damaged)
-        store.put(block_key(5), other)
-        report = store.verify()
-        assert {fault.where for fault in report.faults} == {block_key(3), block_key(5)}
-        assert {fault.kind for fault in report.faults} == {"damaged"}
-        assert not report.ok
-        assert report.blocks == 3
-        assert store.verify(fix=True).ok
-        assert set(store.keys()) == {block_key(i) for i in range(3)}
-        assert store.verify().faults == ()
 
 
 class _CountedByListing:

@@ -13,9 +13,12 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from reliability.blocks import FINGERPRINT, block
+from reliability.blocks import key as block_key
 
 from blockrag import stores
 from blockrag.errors import InputError, StoreError, StoreFullError
+from blockrag.fingerprint import Fingerprint
 from blockrag.stores import BlockStore, DiskStore, MemoryStore, StoreStats, open_store, parse_bytes
 
 SMALL, IN_FILE = 100, 40_000
@@ -225,6 +228,48 @@ class TestEveryStore:
         assert again.url == store.url
         assert again.stats().max_bytes == 12345
         again.close()
+
+    def test_pins_may_nest(self, store):
+        store.put(key(1), b"x")
+        with store.pinned([key(1)]), store.pinned([key(1), key(2)]):
+            store.put(key(2), b"y")
+        assert bytes(store.get(key(2))) == b"y"
+
+    def test_fingerprints_are_remembered(self, store):
+        factors = dict.fromkeys(["weights", "config", "rope", "tokenizer", "template"], "x")
+        known = [
+            Fingerprint(**factors, compute_dtype=dtype, precision="int8")
+            for dtype in ("float32", "bfloat16", "float32")
+        ]
+        assert store.fingerprints() == {}
+        for fingerprint in known:
+            store.remember_fingerprint(fingerprint)
+        assert store.fingerprints() == {fingerprint.digest: fingerprint for fingerprint in known}
+        assert list(store.keys()) == []
+
+    def test_a_sound_store_is_verified(self, store):
+        for i in range(5):
+            store.put(block_key(i), block(i, 2048))
+        report = store.verify()
+        assert (report.ok, report.faults, report.blocks, report.bytes) == (True, (), 5, 5 * 2048)
+        assert report.fingerprints == {FINGERPRINT: 5}
+        assert report.url == store.url
+
+    def test_damage_is_reported_and_removed(self, store):
+        for i in range(3):
+            store.put(block_key(i), block(i, 2048))
+        damaged, other = bytearray(block(3, 2048)), block(4, 2048)
+        damaged[1000] ^= 1
+        store.put(block_key(3), damaged)
+        store.put(block_key(5), other)
+        report = store.verify()
+        assert {fault.where for fault in report.faults} == {block_key(3), block_key(5)}
+        assert {fault.kind for fault in report.faults} == {"damaged"}
+        assert not report.ok
+        assert report.blocks == 3
+        assert store.verify(fix=True).ok
+        assert set(store.keys()) == {block_key(i) for i in range(3)}
+        assert store.verify().faults == ()
 
 
 class TestBudget:
