@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from index_fuzz_worker import Watch
 from tiny_models import ModelCase, tiny_model
 from tiny_tokenizers import llama3_tokenizer
 
@@ -65,17 +66,13 @@ NAMES = tuple(
 )
 """Ids, namespaces and texts alike."""
 
-_PATH_TYPES = (str, bytes, os.PathLike)
-_WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
-
 
 class Guard:
-    """A directory in which one subdirectory may change, and a record of everything that was written elsewhere."""
+    """A directory in which one subdirectory may change, and a record of what was written elsewhere, or run."""
 
     def __init__(self, sandbox: Path) -> None:
-        self.inside = str(sandbox / "real")
-        self.outside: list[str] = []
-        self.watching = False
+        self.inside = sandbox / "real"
+        self._watch = Watch()
         self._sandbox = sandbox
         for name in ("real", "cwd", "home", "kv", "index", "etc"):
             (sandbox / name).mkdir(parents=True)
@@ -83,7 +80,7 @@ class Guard:
         (sandbox / "rag").symlink_to(sandbox / "real", target_is_directory=True)
         os.chdir(sandbox / "cwd")
         self._before: dict[str, str] = {}
-        sys.addaudithook(self._hook)
+        sys.addaudithook(self._watch)
 
     def begin(self) -> None:
         """From here on nothing else may change: what is imported and compiled late, and cached at home, is there."""
@@ -98,39 +95,24 @@ class Guard:
     def _snapshot(self) -> dict[str, str]:
         found = {}
         for path in self._sandbox.rglob("*"):
-            if str(path) != self.inside and not str(path).startswith(f"{self.inside}/"):
+            if not path.is_relative_to(self.inside):
                 content = path.read_bytes() if path.is_file() else b""
                 found[str(path)] = f"{path.lstat().st_mode} {hashlib.sha256(content).hexdigest()}"
         return found
 
-    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.watching:
-            return
-        if event == "open":
-            path, mode, flags = arguments
-            writes = (isinstance(mode, str) and set(mode) & set("wax+")) or flags & (
-                os.O_WRONLY | os.O_RDWR | os.O_CREAT
-            )
-            paths = [path] if writes else []
-        elif event == "sqlite3.connect":
-            paths = [arguments[0]]
-        else:
-            paths = [one for one in arguments if isinstance(one, _PATH_TYPES)] if event in _WRITES else []
-        for path in paths:
-            if isinstance(path, _PATH_TYPES) and not self._allowed(os.path.realpath(os.fsdecode(path))):
-                self.outside.append(f"{event} {path!r:.200}")
-
-    def _allowed(self, path: str) -> bool:
-        return path in (self.inside, os.devnull) or path.startswith(f"{self.inside}/")
+    @property
+    def seen(self) -> list[str]:
+        """What was written elsewhere, or run, while this watched."""
+        return list(self._watch.seen)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Record what is written elsewhere."""
-        self.watching = True
+        """Look at every file that is opened for writing, and at everything that runs code."""
+        self._watch.directory = self.inside
         try:
             yield
         finally:
-            self.watching = False
+            self._watch.directory = None
 
 
 def _rag(namespace: str = "") -> BlockRAG:
@@ -156,8 +138,8 @@ def ingest_hostile(sandbox: str) -> dict[str, Any]:
     """Documents whose ids, titles and texts are hostile, one of each per name.
 
     Returns:
-        "round trips" and "typed errors" of ids, and of texts; "outside" and "changed": what was written elsewhere; and
-        "control": the same for one file that is written elsewhere on purpose.
+        "round trips" and "typed errors" of ids, and of texts; "seen" and "changed": what was run, or written elsewhere;
+        and "control": the same for one file that is written elsewhere on purpose.
     """
     guard = Guard(Path(sandbox))
     counts: Counter[str] = Counter()
@@ -191,11 +173,11 @@ def ingest_hostile(sandbox: str) -> dict[str, Any]:
                 rag.delete(document.id)
                 assert not list(rag.index.passages(document.id))
     changed = guard.changed()
-    outside = list(guard.outside)
+    seen = guard.seen
     with guard.watch():
         Path("../real/../escaped").write_text("x")
-    control = [guard.changed() != changed, len(guard.outside) > len(outside)]
-    return {**counts, "outside": outside, "changed": changed, "control": control}
+    control = [guard.changed() != changed, guard.seen != seen]
+    return {**counts, "seen": seen, "changed": changed, "control": control}
 
 
 _KNOWN = frozenset(NAMES)
@@ -205,7 +187,7 @@ def use_namespaces(sandbox: str) -> dict[str, Any]:
     """One block under every namespace, in one store.
 
     Returns:
-        "round trips" and "typed errors"; "outside" and "changed" as above.
+        "round trips" and "typed errors"; "seen" and "changed" as above.
     """
     guard = Guard(Path(sandbox))
     counts: Counter[str] = Counter()
@@ -232,7 +214,7 @@ def use_namespaces(sandbox: str) -> dict[str, Any]:
             block = rag.model.template.passage_block(rag.model.tokenizer, passage)
             assert rag.store.get(rag.model.block_key(block.token_ids)) is not None
             counts["passes"] += 1
-    return {**counts, "outside": guard.outside, "changed": guard.changed()}
+    return {**counts, "seen": guard.seen, "changed": guard.changed()}
 
 
 @contextlib.contextmanager
