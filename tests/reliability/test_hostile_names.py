@@ -44,8 +44,8 @@ def test_namespaces(fast_path, record):
         "hostile namespaces",
         tried=len(NAMES),
         unit="namespaces",
-        result=f"0 bytes outside of the directory, nothing run, {counts['namespaces round trips']:,} round trips under as "
-        f"many keys, {refused} typed errors (lone surrogates)",
+        result=f"0 bytes outside of the directory, nothing run, {counts['namespaces round trips']:,} round trips under "
+        f"as many keys, {refused} typed errors (lone surrogates)",
     )
 
 
