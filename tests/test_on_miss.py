@@ -339,6 +339,9 @@ def test_the_command_line_takes_the_choice(tmp_path: Path) -> None:
     assert run(*command, "--on-miss", "error")[0] == 0
     with closing(DiskStore(path / "kv")) as store:
         store.delete_many(list(store.keys()))
+        (digest,) = store.fingerprints()
+    assert run("stats", "--path", str(path), "--json")[1]["store"]["fingerprints"] == [digest]
+    assert f"{digest[:8]}... (float32, float16)" in CliRunner().invoke(app, ["stats", "--path", str(path)]).stdout
     code, said = run(*command, "--on-miss", "error")
     assert code != 0
     assert "1 passages of this prompt are not stored" in said["error"]["message"]

@@ -103,10 +103,11 @@ def stats(path: IndexPath, documents: Documents = False, as_json: AsJson = False
     with reporting(as_json) as out:
         settings = built_with(path)
         with open_parts(path) as (index, store):
-            about_index, about_store = index.stats(), store.stats()
+            about_index, about_store, written_for = index.stats(), store.stats(), store.fingerprints()
             listed = index.documents() if documents else []
         remembered = None if settings is None else asdict(settings)
         contents = {name: getattr(about_store, name) for name in ("blocks", "bytes", "max_bytes")}
+        contents["fingerprints"] = sorted(written_for)
         budget = "no limit" if about_store.max_bytes is None else f"of {size(about_store.max_bytes)}"
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         rows = {
@@ -116,6 +117,9 @@ def stats(path: IndexPath, documents: Documents = False, as_json: AsJson = False
             "passages": f"{about_index.passages:,} ({size(about_index.bytes)}, {about_index.kind} index)",
             "blocks": f"{counted(about_store.blocks)} ({size(about_store.bytes)}, {budget})",
         }
+        if written_for:
+            shown = (f"{digest[:8]}... ({one.compute_dtype}, {one.precision})" for digest, one in written_for.items())
+            rows["written for"] = ", ".join(sorted(shown))
         for name, value in rows.items():
             table.add_row(Text(name, style="dim"), Text(clean(value)))
         out.show(table)
