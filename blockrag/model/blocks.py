@@ -222,6 +222,8 @@ class BlockSource:
         self.notes.missed(store, self._key_under(regime), [block.token_ids for block in passages])
         try:
             store.delete_many(damaged)
+        except UnsafeStoreError:
+            raise
         except StoreError as error:
             logger.warning("%d damaged blocks cannot be deleted: %s", len(damaged), error)
         raise MissingBlockError(tuple(block.source or block.text or str(block.token_ids) for block in passages))
