@@ -982,6 +982,17 @@ def test_an_index_of_format_1_becomes_one_of_format_2(tmp_path):
         PassageIndex(HashEncoder(), tmp_path)
 
 
+def test_a_schema_that_is_no_text_is_damage(tmp_path):
+    filled(tmp_path, count=5)
+    file = tmp_path / "passages.sqlite3"
+    file.write_bytes(file.read_bytes().replace(b"CREATE TABLE term", b"CREAT\xe6 TABLE term"[:17]))
+    for call in (lambda: PassageIndex.peek(tmp_path), lambda: PassageIndex(HashEncoder(), tmp_path)):
+        with pytest.raises(PassageIndexError, match=r"passages\.sqlite3"):
+            call()
+    with PassageIndex(HashEncoder()) as index, pytest.raises(PassageIndexError, match="cannot be copied"):
+        index.copy_to(tmp_path)
+
+
 def test_a_name_as_long_as_a_book_is_not_printed(tmp_path):
     filled(tmp_path, count=5)
     execute(tmp_path, f"UPDATE meta SET value = '{'n' * 100_000}' WHERE name IN ('encoder', 'dimension')")

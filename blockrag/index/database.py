@@ -249,6 +249,9 @@ class PassageDatabase:
             ) from error
         except sqlite3.DatabaseError as error:
             raise self._damaged(str(error)) from error
+        except UnicodeDecodeError as error:
+            # Python cannot read what SQLite says, which quotes the file.
+            raise self._damaged("its schema is not UTF-8") from error
 
     def _damaged(self, what: str) -> PassageIndexError:
         return PassageIndexError(
@@ -463,7 +466,7 @@ class PassageDatabase:
                 # Refused while anybody has the file open, who would take the copy's rows for those of the same numbers.
                 target.execute("PRAGMA journal_mode = DELETE")
                 self._connection.backup(target)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
             raise PassageIndexError(
                 f"{self._where} cannot be copied to {path} ({error}); check that the disk has room and nobody uses it"
             ) from error

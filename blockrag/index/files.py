@@ -91,7 +91,8 @@ def refuse_emptied(directory: Path) -> None:
     """
     file = directory / DATABASE_FILE
     with suppress(OSError):
-        if file.lstat().st_size == 0 and (directory / VECTOR_FILE).exists():
+        status = file.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_size == 0 and (directory / VECTOR_FILE).exists():
             raise PassageIndexError(
                 f"{file} is damaged (it is empty, and there are vectors); restore it from a backup, or delete its "
                 "directory and ingest the documents again"
