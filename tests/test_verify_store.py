@@ -322,8 +322,11 @@ def test_a_database_that_lost_everything_is_damage(directory):
     assert "it is empty" in run_json(directory, code=3)["unusable"][0]
 
 
-def test_a_store_whose_index_is_lost_gets_a_new_one(directory):
-    (directory / "kv" / "cache.db").write_bytes(b"\xff" * 8192)
+@pytest.mark.parametrize("how", ["garbage", "a schema that is no text"])
+def test_a_store_whose_index_is_lost_gets_a_new_one(how, directory):
+    file = directory / "kv" / "cache.db"
+    schema = file.read_bytes().replace(b"CREATE UNIQUE", b"CREAT\xe6 UNIQUE")
+    file.write_bytes(b"\xff" * 8192 if how == "garbage" else schema)
     for name in ("cache.db-wal", "cache.db-shm"):
         (directory / "kv" / name).unlink(missing_ok=True)
     found = run_json(directory, code=3)

@@ -165,7 +165,7 @@ def _opened(path: Path, *, fix: bool) -> tuple[BlockStore, list[Fault]]:
         raise
     except StoreError as error:
         # What SQLite says of a damaged file; a lock or a full disk is one of its OperationalErrors.
-        if not fix or type(error.__cause__) is not sqlite3.DatabaseError:
+        if not fix or type(error.__cause__) not in (sqlite3.DatabaseError, UnicodeDecodeError):
             raise
         blocks = rebuild_index(path)
         return DiskStore(path), [Fault("damaged", "index", f"{error}; made anew with {blocks} blocks", fixed=True)]

@@ -12,8 +12,8 @@ from blockrag.errors import StoreError, StoreFullError
 
 __all__ = ["FAILURES", "translated"]
 
-FAILURES: Final = (sqlite3.Error, diskcache.Timeout, OSError)
-"""What may be raised while a store reads or writes."""
+FAILURES: Final = (sqlite3.Error, diskcache.Timeout, OSError, UnicodeDecodeError)
+"""What may be raised while a store reads or writes; the last by Python, for what SQLite says of a damaged schema."""
 
 _MAKE_ROOM: Final = "free disk space, or give the store a max_bytes"
 _BE_ALLOWED: Final = "choose a directory that this user can write"
