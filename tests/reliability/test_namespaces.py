@@ -68,35 +68,40 @@ def test_no_probe_finds_another_namespaces_block(model, scale, record):
     model.store.delete_many(everything)
 
 
+@pytest.mark.timeout(3600)
 def test_the_first_token_does_not_tell_what_others_have_stored(model, scale, record):
-    """A classifier of prompts by their time to the first token: chance between namespaces, certain inside one."""
-    count = scale(ci=200, long=2_000)
+    """A classifier of prompts by their time to the first token: chance between namespaces, certain inside one.
+
+    By the clock on the wall, which is what somebody outside sees, and by processor time, from which the noise of
+    whatever else runs here is gone: the sharper eye.
+    """
+    count, few = scale(ci=200, long=2_000), scale(ci=50, long=500)
     # With n and n prompts chance has a standard error of 0.41 / sqrt(n): 0.029 for 200, 0.009 for 2,000.
     margin = scale(ci=0.15, long=0.05)
-    across, work = _auc(model, model.in_namespace("victim"), model.in_namespace("attacker"), count, seed=5)
-    few = scale(ci=50, long=1_000)
-    inside, control = _auc(model, model.in_namespace("one"), model.in_namespace("one"), few, seed=6)
+    across, work = _classified(model, model.in_namespace("victim"), model.in_namespace("attacker"), count, seed=5)
+    inside, control = _classified(model, model.in_namespace("one"), model.in_namespace("one"), few, seed=6)
+    result = (
+        f"AUC {across['wall']:.3f} by the clock and {across['processor']:.3f} by processor time for blocks of another "
+        f"namespace (chance 0.5); {inside['wall']:.3f} and {inside['processor']:.3f} for one's own"
+    )
     # What does not depend on a clock at all.
     assert work == {(0, PASSAGES + 1)}
     assert control == {(0, PASSAGES + 1), (PASSAGES, 1)}
-    assert inside >= 0.95
-    assert abs(across - 0.5) <= margin
-    record(
-        "a classifier by time to the first token",
-        tried=2 * (count + few),
-        unit="prompts",
-        result=f"AUC {across:.3f} for blocks of another namespace (chance 0.5), {inside:.3f} for one's own",
-    )
+    assert inside["processor"] >= 0.95, result
+    assert all(abs(auc - 0.5) <= margin for auc in across.values()), result
+    record("a classifier by time to the first token", tried=2 * (count + few), unit="prompts", result=result)
 
 
-def _auc(model, owner, prober, count, *, seed):
+def _classified(model, owner, prober, count, *, seed):
     """How well prompts whose passages the owner has stored are told from others, by the time the prober is answered.
 
     Returns:
-        The area under the classifier's curve, 0.5 for chance; and what the answers counted: blocks reused, computed.
+        The area under the classifier's curve by each clock, 0.5 for chance; and what the answers counted: blocks
+        reused and computed.
     """
     numbers = random.Random(seed)
-    seconds = {True: [], False: []}
+    clocks = {"wall": time.perf_counter, "processor": time.process_time}
+    spent = {name: {True: [], False: []} for name in clocks}
     counted = set()
     prober.generate(prompt(model, numbers), OPTIONS)
     for start in range(0, count, ROUND):
@@ -106,10 +111,16 @@ def _auc(model, owner, prober, count, *, seed):
         # In turn, so that a machine that is busy for a while is busy for both.
         numbers.shuffle(questions)
         for one, is_stored in questions:
-            started = time.perf_counter()
+            started = {name: clock() for name, clock in clocks.items()}
             usage = prober.generate(one, OPTIONS).usage
-            seconds[is_stored].append(time.perf_counter() - started)
+            for name, clock in clocks.items():
+                spent[name][is_stored].append(clock() - started[name])
             counted.add((usage.blocks_reused, usage.blocks_computed))
         model.store.delete_many(list(model.store.keys()))
-    slower = sum((b > a) + 0.5 * (b == a) for a in seconds[True] for b in seconds[False])
-    return slower / (len(seconds[True]) * len(seconds[False])), counted
+    return {name: _auc(seconds[True], seconds[False]) for name, seconds in spent.items()}, counted
+
+
+def _auc(stored, unknown):
+    """The chance that a stored prompt is answered faster than an unknown one; ties count half."""
+    faster = sum((b > a) + 0.5 * (b == a) for a in stored for b in unknown)
+    return faster / (len(stored) * len(unknown))
