@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 from collections import Counter
@@ -50,10 +51,10 @@ def exercise(root: Path, counts: Counter[str], numbers: range = NUMBERS) -> None
         counts: Counts "reads" and what they gave, "refused to open" and the other refusals.
         numbers: Its blocks.
     """
-    signal.alarm(_HANG_S)
+    faulthandler.dump_traceback_later(_HANG_S, exit=True)
     with typed(counts, "refused to open"), contextlib.closing(DiskStore(root, max_bytes=_BUDGET)) as store:
         use(store, counts, numbers)
-    signal.alarm(0)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def use(store: DiskStore, counts: Counter[str], numbers: range = NUMBERS) -> None:

@@ -162,12 +162,19 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         return {row.key: row for row in (Row(*columns).checked() for columns in self.execute(query, keys))}
 
     def every(self, columns: str) -> Iterator[list[tuple[Any, ...]]]:
-        """Some columns of all rows, the row's id first, some rows at a time, so that rows may be changed in between."""
+        """Some columns of all rows, the row's id first, some rows at a time, so that rows may be changed in between.
+
+        Raises:
+            sqlite3.DatabaseError: The rows of a damaged index do not ascend; going on would go round in circles.
+        """
         query = f"SELECT rowid, {columns} FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT ?"
         last = -(2**63)
         while rows := self.execute(query, (last, _ROWS_PER_QUERY)).fetchall():
+            for rowid, *_ in rows:
+                if rowid <= last:
+                    raise sqlite3.DatabaseError(f"its rows are out of order at {rowid}")
+                last = rowid
             yield rows
-            last = rows[-1][0]
 
     def put(self, row: Row, value: memoryview | None, when: float) -> None:
         """Insert a row, or replace the one of its key; `value` is what is kept in the row."""
