@@ -15,6 +15,7 @@ from haystack.dataclasses import ChatMessage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockrag.demo import checkpoint_path, load_questions
+from blockrag.errors import UnsafeStoreError
 from blockrag.model.config import ModelConfig
 from blockrag.model.shared import shared_model
 from blockrag.prompt.chat import segment_chat
@@ -319,13 +320,30 @@ def test_copies_of_a_used_component_share_its_model(generator):
         assert _cached(again.run(QUESTION, documents=BHUTAN)) > 0
 
 
-async def test_an_unusable_store_is_a_value_error(generator, tmp_path):
+async def test_a_store_that_fails_costs_reuse_and_no_answer(generator, caplog):
     generator.warm_up()
     generator._model.load().store.close()
-    with pytest.raises(ValueError, match="is closed"):
+    for reply in (
+        generator.run(QUESTION, documents=BHUTAN),
+        await generator.run_async(QUESTION, documents=BHUTAN),
+    ):
+        assert reply["replies"][0].text
+    assert "is closed" in caplog.text
+
+
+async def test_an_unsafe_store_is_a_value_error(generator, monkeypatch):
+    def tampered(keys):
+        raise UnsafeStoreError("a pickled row")
+
+    generator.warm_up()
+    monkeypatch.setattr(generator._model.load().store, "get_many", tampered)
+    with pytest.raises(ValueError, match="a pickled row"):
         generator.run(QUESTION, documents=BHUTAN)
-    with pytest.raises(ValueError, match="is closed"):
+    with pytest.raises(ValueError, match="a pickled row"):
         await generator.run_async(QUESTION, documents=BHUTAN)
+
+
+def test_a_store_that_cannot_be_opened_is_a_value_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"'demo' cannot be used: cannot open the store"):
         BlockRAGChatGenerator(store=f"disk://{tmp_path}/file/store").warm_up()
