@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from blockrag.errors import PromptTooLongError
+from blockrag.errors import PromptTooLongError, UnsafeStoreError
 from blockrag.model.block_model import BlockModel
 from blockrag.model.sampling import GenerationOptions
 from blockrag.prompt import Message, segment_chat
@@ -292,9 +292,22 @@ def test_a_passage_longer_than_the_window_is_langchains_own_error(llm: ChatBlock
     assert isinstance(refused.value, ValueError)
 
 
-def test_a_closed_store_is_a_value_error(llm: ChatBlockRAG, documents: list[Document]) -> None:
+def test_a_store_that_fails_costs_reuse_and_no_answer(
+    llm: ChatBlockRAG, documents: list[Document], caplog: pytest.LogCaptureFixture
+) -> None:
     llm.block_model().store.close()
-    with pytest.raises(ValueError, match="is closed"):
+    assert llm.invoke([documents_to_blocks(documents, QUESTION)]).content
+    assert "is closed" in caplog.text
+
+
+def test_an_unsafe_store_is_a_value_error(
+    llm: ChatBlockRAG, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tampered(keys: object) -> None:
+        raise UnsafeStoreError("a pickled row")
+
+    monkeypatch.setattr(llm.block_model().store, "get_many", tampered)
+    with pytest.raises(ValueError, match="a pickled row"):
         llm.invoke([documents_to_blocks(documents, QUESTION)])
 
 
