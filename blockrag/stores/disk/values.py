@@ -5,6 +5,10 @@
 A writer holds the lock of its file from before the first byte until the row that names it is committed. A file that
 nobody has locked and no row names is left over from a killed writer, as long as it is not just being created: see
 sweeping.py.
+
+Files are read, not mapped: mapping saves an eighth of the time from the file to a prompt's cache, by
+benchmarks/stores.py, and ends the process when somebody truncates the file meanwhile, where a read finds that it ends
+early.
 """
 
 from __future__ import annotations
