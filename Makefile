@@ -50,7 +50,7 @@ test-long: $(VENV)/.dev
 
 # Hours: kills, flips, cuts, full disks and fuzzing by the thousand. The table names what was tried and what came of it.
 reliability: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile --timeout=0 --reliability=long \
+	$(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile --reliability=long \
 		--reliability-results=benchmarks/results/reliability-cpu
 
 lint: $(VENV)/.dev

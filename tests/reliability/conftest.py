@@ -38,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TABLE] = FigureTable(_scale(config))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a machine that does other work as well, these take a while; what hangs inside them is noticed there."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(0 if _scale(config) == "long" else 1200))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
         _collected.extend(figure for name, figure in report.user_properties if name == "reliability")

@@ -1,4 +1,4 @@
-"""Calls a function in a process of its own, so that one that crashes, hangs or breaks its process is only a result.
+"""Calls a function in a process of its own, so that one that crashes or breaks its process is only a result.
 
 `call` starts a fresh interpreter; arguments and result travel as JSON. `forked` is for use inside such a process: it
 runs a function in a fork, which costs a millisecond where a fresh interpreter costs seconds.
@@ -25,14 +25,11 @@ _HERE = Path(__file__).parent
 _RESULT = "result: "
 
 
-def call(
-    target: str, *, timeout_s: float = 240.0, environment: Mapping[str, str] | None = None, **arguments: Any
-) -> Any:
+def call(target: str, *, environment: Mapping[str, str] | None = None, **arguments: Any) -> Any:
     """The result of "module:function" of this folder, called by a fresh interpreter.
 
     Raises:
         AssertionError: The process crashed, was killed, or raised; the message ends with what it printed.
-        subprocess.TimeoutExpired: It hangs.
     """
     command = [sys.executable, "-W", "error", str(_HERE / "fresh.py"), target]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -43,7 +40,6 @@ def call(
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout_s,
     )
     if done.returncode:
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"

@@ -21,9 +21,7 @@ HEADER_BITS = HEADER_BYTES * 8
 def test_every_flip_in_a_block_is_noticed(tmp_path, scale, record):
     """Header bits one by one, payload bits at random, in the files of an open store."""
     flips = scale(ci=4000, long=70_000)
-    counts = call(
-        "flipping:flip_blocks", directory=str(tmp_path / "s"), flips=flips, seed=1, timeout_s=scale(ci=240, long=3600)
-    )
+    counts = call("flipping:flip_blocks", directory=str(tmp_path / "s"), flips=flips, seed=1)
     assert counts == {"refused": flips, "healed": flips, "unchecked": flips - HEADER_BITS}
     record(
         "bit flips in stored blocks: every header bit, random payload bits",
@@ -36,9 +34,7 @@ def test_every_flip_in_a_block_is_noticed(tmp_path, scale, record):
 def test_no_flip_in_the_index_gives_a_wrong_block(fast_path, scale, record):
     """Index and write-ahead log: the process never crashes or hangs, and every error is the store's own."""
     flips = scale(ci=1000, long=30_000)
-    counts = call(
-        "flipping:flip_index", directory=str(fast_path / "s"), flips=flips, seed=2, timeout_s=scale(ci=240, long=7200)
-    )
+    counts = call("flipping:flip_index", directory=str(fast_path / "s"), flips=flips, seed=2)
     assert counts.get("wrong", 0) == 0
     assert counts.get("written: wrong", 0) == 0
     # The flips do reach what is read: some are met by the codec, some by the store.

@@ -20,7 +20,7 @@ SPARE_KIB = 64 << 10
 
 def test_mutated_blocks(scale, record):
     cases = scale(ci=2_000, long=100_000)
-    counts = call("fuzzing:fuzz_blocks", cases=cases, timeout_s=scale(ci=240, long=7200))
+    counts = call("fuzzing:fuzz_blocks", cases=cases)
     assert counts["blocks"] >= cases
     # Mutations reach every check of the codec, not only the first.
     reasons = {"length", "magic", "version", "checksum", "key", "fingerprint", "shape", "precision"}
@@ -39,9 +39,7 @@ def test_mutated_blocks_led_by_coverage(fast_path, scale, record):
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("atheris is not installed; pip install atheris")
     seconds = 600
-    counts = call(
-        "fuzzing:fuzz_blocks_by_coverage", seconds=seconds, corpus=str(fast_path / "corpus"), timeout_s=seconds + 120
-    )
+    counts = call("fuzzing:fuzz_blocks_by_coverage", seconds=seconds, corpus=str(fast_path / "corpus"))
     assert counts["blocks"] > 10_000
     record(
         "fuzzed blocks, led by coverage (atheris)",
@@ -53,9 +51,7 @@ def test_mutated_blocks_led_by_coverage(fast_path, scale, record):
 
 def test_mutated_stores(fast_path, scale, record):
     cases = scale(ci=500, long=20_000)
-    counts = call(
-        "fuzzing:fuzz_store", directory=str(fast_path), cases=cases, seed=8, timeout_s=scale(ci=240, long=7200)
-    )
+    counts = call("fuzzing:fuzz_store", directory=str(fast_path), cases=cases, seed=8)
     assert counts["stores"] == cases
     assert counts.get("wrong", 0) == counts.get("written: wrong", 0) == 0
     assert counts["right"] > counts["missing"] > 0

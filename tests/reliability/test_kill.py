@@ -13,9 +13,7 @@ from blockrag.stores import DiskStore
 
 def test_killed_at_random_moments(fast_path, scale, record):
     kills = scale(ci=100, long=4_700)
-    counts = call(
-        "dying:kill_at_random", directory=str(fast_path), kills=kills, seed=7, timeout_s=scale(ci=280, long=14_400)
-    )
+    counts = call("dying:kill_at_random", directory=str(fast_path), kills=kills, seed=7)
     assert counts["kills"] >= kills
     record(
         "kill -9 at random moments of ingestion; each pass first verifies the whole store",
@@ -32,7 +30,6 @@ def test_killed_before_every_call_of_the_store(fast_path, scale, record):
         "dying:kill_at_calls",
         directory=str(fast_path),
         kills=scale(ci=100, long=10**6),
-        timeout_s=scale(ci=280, long=14_400),
     )
     assert counts["resumed"] == counts["kills"] >= min(75, counts["calls"])
     record(

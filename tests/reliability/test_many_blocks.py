@@ -7,9 +7,7 @@ from fresh import call
 
 def test_tiny_blocks(fast_path, scale, record):
     blocks = scale(ci=5_000, long=100_000)
-    counts = call(
-        "many:fill_and_reopen", directory=str(fast_path / "s"), blocks=blocks, timeout_s=scale(ci=240, long=3600)
-    )
+    counts = call("many:fill_and_reopen", directory=str(fast_path / "s"), blocks=blocks)
     assert counts["verified"] == counts["right"] == blocks
     assert counts["faults"] == 0
     assert counts["handles"] <= 64

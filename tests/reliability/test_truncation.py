@@ -26,8 +26,7 @@ def test_a_block_at_every_length():
 
 def test_the_index_at_many_lengths(fast_path, scale, record):
     step = scale(ci=53, long=1)
-    timeout_s = scale(ci=240, long=7200)
-    counts = call("truncating:cut_index", directory=str(fast_path / "s"), step=step, timeout_s=timeout_s)
+    counts = call("truncating:cut_index", directory=str(fast_path / "s"), step=step)
     assert counts.get("wrong", 0) == counts.get("written: wrong", 0) == 0
     # A shorter index does lose blocks; a shorter log may lose what was written last, and then the rest is whole.
     assert counts["missing"] > 0
@@ -49,7 +48,6 @@ def test_the_index_of_an_open_store(fast_path, scale, record):
         lengths=lengths,
         seed=11,
         names=["cache.db", "cache.db-wal"],
-        timeout_s=scale(ci=240, long=3600),
     )
     assert counts.get("wrong", 0) == counts.get("written: wrong", 0) == 0
     assert counts["refused to open"] + counts["refused to read"] > 0
