@@ -231,7 +231,7 @@ class QuantizedKV:
         numbers = self._numbers(where.values, shape.value_heads, shape.value_dim)
         scales, group = self._section(where.value_scales, torch.float16), SCHEMES[self.precision].value_group
         if group:
-            by_group = scales.view(shape.value_heads, self.num_tokens, -1)
+            by_group = scales.view(shape.value_heads, self.num_tokens, -(-shape.value_dim // group))
             scales = by_group.repeat_interleave(group, dim=-1)[..., : shape.value_dim]
         else:
             scales = scales.view(shape.value_heads, 1, shape.value_dim)
@@ -268,7 +268,7 @@ class QuantizedKV:
         """Every q as float32, shape (heads, tokens, dim)."""
         if SCHEMES[self.precision].bits == 8:
             return self._section(where, torch.int8).view(heads, self.num_tokens, dim).float()
-        return _unpack(self._section(where, torch.uint8).view(heads, self.num_tokens, -1), dim)
+        return _unpack(self._section(where, torch.uint8).view(heads, self.num_tokens, _row_bytes(dim, 4)), dim)
 
     def _refine(self, numbers: torch.Tensor, layer: int) -> None:
         """Add r / 16 + zero where a key channel of the layer is refined."""
@@ -373,7 +373,7 @@ def _value_tops(values: torch.Tensor, group: int) -> torch.Tensor:
         return values.abs().amax(1, keepdim=True)
     room = -values.shape[-1] % group
     padded = torch.nn.functional.pad(values.abs(), (0, room))
-    return padded.view(*padded.shape[:-1], -1, group).amax(-1)
+    return padded.unflatten(-1, (padded.shape[-1] // group, group)).amax(-1)
 
 
 def _scales(tops: torch.Tensor, limit: int, slack: float = 0.5) -> torch.Tensor:

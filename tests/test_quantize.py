@@ -392,3 +392,18 @@ def test_what_no_scale_spans_is_stored_as_float32(make_model):
     data = loud.store.get(loud.block_key(prompt.blocks[0].token_ids))
     assert data is not None
     assert read_header(data).precision == "float32"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("empty", [(0, 0, 0, 0), (2, 4, 0, 0), (0, 0, 2, 33)], ids=str)
+def test_layers_that_keep_nothing(precision: QuantizedPrecision, empty: tuple[int, int, int, int]) -> None:
+    """Layers that share another's KV states have none of their own; those around them are kept as ever."""
+    around = LayerShape(2, 8, 2, 8)
+    layout = KVLayout((around, LayerShape(*empty), around))
+    kv = make_kv(layout, 5)
+    states = quantize(kv, precision)
+    assert states.keys(1).shape == kv.keys(1).shape
+    assert states.values(1).shape == kv.values(1).shape
+    for layer in (0, 2):
+        written = kv.keys(layer)
+        torch.testing.assert_close(states.keys(layer), written, rtol=0, atol=float(written.abs().max()) / 5)
