@@ -373,7 +373,7 @@ def _value_tops(values: torch.Tensor, group: int) -> torch.Tensor:
         return values.abs().amax(1, keepdim=True)
     room = -values.shape[-1] % group
     padded = torch.nn.functional.pad(values.abs(), (0, room))
-    return padded.unflatten(-1, (padded.shape[-1] // group, group)).amax(-1)
+    return padded.view(*padded.shape[:-1], padded.shape[-1] // group, group).amax(-1)
 
 
 def _scales(tops: torch.Tensor, limit: int, slack: float = 0.5) -> torch.Tensor:
