@@ -9,7 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_models import CASES, ModelCase, tiny_model
+from shared_models import FINE_TUNED, shared_model
+from tiny_models import ModelCase, tiny_model
 from tiny_tokenizers import plain_tokenizer
 
 from blockrag.model.block_model import BlockModel
-from blockrag.model.facts import BlockAttentionFacts
 from blockrag.stores import MemoryStore
 
 # More threads than cores only adds noise to tests that run beside each other.
 torch.set_num_threads(1)
-
-FINE_TUNED = BlockAttentionFacts(block_fine_tuned=True)
-
-
-@cache
-def _shared_model(case_id: str) -> Any:
-    return tiny_model(next(case for case in CASES if case.id == case_id))
 
 
 @pytest.fixture
@@ -41,7 +33,7 @@ def make_model() -> Callable[..., BlockModel]:
     """Build a BlockModel around a tiny model: its own memory store, float32 at rest, every prompt composed anew."""
 
     def make(case: ModelCase | str = "llama", **arguments: Any) -> BlockModel:
-        model = _shared_model(case) if isinstance(case, str) else tiny_model(case)
+        model = shared_model(case) if isinstance(case, str) else tiny_model(case)
         arguments.setdefault("facts", FINE_TUNED)
         arguments.setdefault("precision", "float32")
         arguments.setdefault("store", MemoryStore())

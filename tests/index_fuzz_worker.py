@@ -15,11 +15,12 @@ the process do what must be noticed.
 import json
 import logging
 import os
-import resource
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from process_memory import resident
 
 from blockrag.cli.directory import find_settings
 from blockrag.encoders import LexicalEncoder
@@ -148,7 +149,7 @@ def main():
         answer = misbehave(case["misbehave"]) if "misbehave" in case else run(case["directory"], case["kind"])
         watch.directory = None
         answer["executions"], watch.seen = watch.seen, []
-        answer["peak_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        answer["peak_kib"] = resident("VmHWM") >> 10
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
         if not warm:

@@ -145,10 +145,10 @@ def test_any_batch_answers_as_each_alone(
     lengths: list[tuple[list[int], int]], seed: int, ends: int, batch_size: int, case: str
 ) -> None:
     """Any lengths; many tokens end an answer, so that rows leave at different steps."""
-    from conftest import FINE_TUNED, _shared_model
+    from shared_models import FINE_TUNED, shared_model
 
     model = BlockModel(
-        _shared_model(case), plain_tokenizer(), precision="float32", store=MemoryStore(), facts=FINE_TUNED
+        shared_model(case), plain_tokenizer(), precision="float32", store=MemoryStore(), facts=FINE_TUNED
     )
     model.__dict__["stop_ids"] = frozenset(random.Random(seed).sample(range(VOCAB), ends))
     prompts = [prompt_of(local, query, seed=seed + i) for i, (local, query) in enumerate(lengths)]

@@ -164,10 +164,10 @@ def test_a_damaged_block_is_recomputed_and_replaced(
 @settings(max_examples=20, deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_the_answer_never_shows_a_flipped_bit(where: float, bit: int) -> None:
-    from conftest import _shared_model
+    from shared_models import shared_model
 
     store = MemoryStore()
-    model = BlockModel(_shared_model("llama"), plain_tokenizer(), store=store, facts=FINE_TUNED, kept_bytes=0)
+    model = BlockModel(shared_model("llama"), plain_tokenizer(), store=store, facts=FINE_TUNED, kept_bytes=0)
     prompt = prompt_of((5, 6), QUERY)
     expected = model.generate(prompt, OPTIONS)
     data = bytearray(store.get(model.block_key(prompt.blocks[0].token_ids)) or b"")

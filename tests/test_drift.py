@@ -25,12 +25,12 @@ PRECISIONS = ("float32", "float16", "int8", "int4")
 
 @pytest.fixture(scope="module")
 def drift() -> Drift:
-    from conftest import FINE_TUNED, _shared_model
+    from shared_models import FINE_TUNED, shared_model
     from tiny_tokenizers import plain_tokenizer
 
     from blockrag.model.block_model import BlockModel
 
-    model = BlockModel(_shared_model("llama"), plain_tokenizer(), facts=FINE_TUNED, precision="float16")
+    model = BlockModel(shared_model("llama"), plain_tokenizer(), facts=FINE_TUNED, precision="float16")
     return measure_drift(model, PROMPTS, PRECISIONS, max_new_tokens=8)
 
 

@@ -191,10 +191,10 @@ def test_prefill_does_not_depend_on_the_batch(family: BlockModel) -> None:
     case=st.sampled_from(["llama-yarn", "mistral", "gemma3", "cohere", "deepseek-v3", "gpt-oss"]),
 )
 def test_any_prompt_is_exact(lengths: list[int], query: int, seed: int, case: str) -> None:
-    from conftest import FINE_TUNED, _shared_model
+    from shared_models import FINE_TUNED, shared_model
 
     model = BlockModel(
-        _shared_model(case), plain_tokenizer(), precision="float32", store=MemoryStore(), facts=FINE_TUNED
+        shared_model(case), plain_tokenizer(), precision="float32", store=MemoryStore(), facts=FINE_TUNED
     )
     assert_exact(model, prompt_of(lengths, query, seed=seed))
 
@@ -202,7 +202,7 @@ def test_any_prompt_is_exact(lengths: list[int], query: int, seed: int, case: st
 @pytest.mark.parametrize("case", ["llama", "mistral", "gemma3", "qwen3"])
 def test_bfloat16_is_within_the_models_own_rounding(case: str) -> None:
     """In bfloat16 the composed prompt is no further from float32 than the model's own bfloat16 forward is."""
-    from conftest import FINE_TUNED
+    from shared_models import FINE_TUNED
 
     chosen = next(c for c in CASES if c.id == case)
     exact = BlockModel(tiny_model(chosen), plain_tokenizer(), facts=FINE_TUNED, precision="float32")
@@ -272,7 +272,7 @@ def test_dynamic_ntk_is_refused_beyond_its_limit(make_model: Make) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_deep_model_in_half_precision_is_accepted(dtype: torch.dtype) -> None:
     """Each layer adds its rounding to the keys of those behind it, which is no reason to refuse the model."""
-    from conftest import FINE_TUNED
+    from shared_models import FINE_TUNED
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FINE_TUNED
+from shared_models import FINE_TUNED
 from test_exactness import LENGTHS, QUERY, composed_logits, oracle, oracle_greedy, prompt_of
 from tiny_models import CASES, tiny_model
 from tiny_tokenizers import plain_tokenizer

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from process_memory import forget_peak, resident
 from test_exactness import composed_logits, prompt_of
-from test_memory import SHAPE, forget_peak, resident
+from test_memory import SHAPE
 
 from blockrag.errors import StoreFullError
 from blockrag.model.block_model import BlockModel

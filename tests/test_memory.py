@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from process_memory import forget_peak, resident
 
 from blockrag.model.running import _SLACK_TOKENS
 
@@ -35,18 +35,6 @@ CACHE_BYTES = 8 * 2 * 16 * 64 * 4 * (BLOCKS * BLOCK_TOKENS + QUERY + ROOM + _SLA
 KINDS = ("disk", "memory")
 PRECISIONS = ("float16", "float32")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM (the peak) of this process, in bytes."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def forget_peak() -> None:
-    """Set VmHWM back to the present resident set."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(directory: str, *, blocks: int = BLOCKS) -> dict[str, dict[str, int]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FINE_TUNED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_models import FINE_TUNED
 from test_exactness import prompt_of
 from tiny_models import WINDOW, ModelCase
 

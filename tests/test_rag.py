@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FINE_TUNED, _shared_model
+from shared_models import FINE_TUNED, shared_model
 from tiny_tokenizers import plain_tokenizer
 
 from blockrag import BlockModel, Document, GenerationOptions, Passage, PassageIndex
@@ -47,9 +47,7 @@ def reopen(tmp_path: Path) -> Iterator[Open]:
         while opened:
             opened.pop().close()
         store = DiskStore(tmp_path / "kv")
-        model = BlockModel(
-            _shared_model("qwen3"), plain_tokenizer(), facts=FINE_TUNED, store=store, precision="float32"
-        )
+        model = BlockModel(shared_model("qwen3"), plain_tokenizer(), facts=FINE_TUNED, store=store, precision="float32")
         opened.append(BlockRAG(model, PassageIndex(LexicalEncoder(), tmp_path / "index"), top_k=3))
         return opened[-1]
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from blockrag.cli.options import PrecisionChoice
 from blockrag.cli.output import Output, quiet_transformers
 from blockrag.errors import InputError, PassageIndexError
-from blockrag.index.files import open_regular
 
 if TYPE_CHECKING:
     from blockrag.codec import Precision
@@ -93,6 +92,8 @@ def find_settings(path: Path) -> Settings | None:
         InputError: The path is a file.
         PassageIndexError: The file in it is damaged.
     """
+    from blockrag.index.files import open_regular
+
     file = path / SETTINGS_FILE
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; pass the directory that holds the index")

@@ -61,7 +61,7 @@ class Ended:
     result: Any
 
 
-def forked(work: Callable[[], Any], *, kill_after_s: float | None = None, hang_s: float = 60.0) -> Ended:
+def forked(work: Callable[[], Any], *, kill_after_s: float | None = None, hang_s: float = 300.0) -> Ended:
     """Run `work` in a fork; kill it with SIGKILL after a while, if it has not ended by then.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -24,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from index_fuzz_worker import Watch
 from mutations import Mutation, mutated, mutations, random_mutation
+from process_memory import forget_peak, resident
 
 from blockrag import codec
 from blockrag.errors import DamagedBlockError
@@ -182,12 +182,13 @@ def fuzz_store(directory: str, cases: int, seed: int) -> dict[str, int]:
     run({})
     run({"cache.db": [Mutation("fill", 0, 0, 100, 0)]})
     counts.clear()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
+    before = resident("VmHWM")
     sys.addaudithook(watch)
     for _ in range(cases):
         chosen = random_numbers.sample(names, random_numbers.choice((1, 1, 2)))
         run({name: [random_mutation(random_numbers) for _ in range(random_numbers.randint(1, 3))] for name in chosen})
         counts["stores"] += 1
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = (resident("VmHWM") - before) >> 10
     size = sum((sound_root / name).stat().st_size for name in names)
     return {**counts, "grown KiB": grown, "size KiB": size >> 10}
