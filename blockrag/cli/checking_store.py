@@ -130,7 +130,8 @@ def _show(out: Output, report: DirectoryReport, *, fix: bool) -> None:
         out.error(reason)
     if open_faults:
         advice = "what is left needs a hand" if fix else "--fix mends what can be mended"
-        out.error(f"{len(open_faults):,} faults; {advice}")
+        count = len(open_faults)
+        out.error(f"{count:,} {'fault' if count == 1 else 'faults'}; {advice}")
     elif report.ok:
         out.show("", "everything is sound" if not mended else "everything is sound now")
 
@@ -147,7 +148,7 @@ def _facts(report: DirectoryReport) -> dict[str, str]:
     if report.store is not None:
         facts["store"] = f"{report.store.blocks:,} sound blocks ({size(report.store.bytes)})"
         for digest, blocks in sorted(report.store.fingerprints.items(), key=lambda item: -item[1]):
-            facts[f"of {digest[:12]}"] = f"{blocks:,} blocks"
+            facts[f"model {digest[:8]}"] = f"{blocks:,} blocks"
     if report.missing:
         facts["not stored"] = f"{report.missing:,} blocks of passages; they are computed when they are needed"
     if report.unused:
