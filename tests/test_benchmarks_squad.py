@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from benchmark_scripts import benchmark_script
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from blockrag.errors import InputError
@@ -55,14 +55,7 @@ def squad_file(path: Path, word: str) -> Path:
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("squad_benchmark", ROOT / "benchmarks" / "squad.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclass looks its module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("squad")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import benchmark_script
 from test_exactness import prompt_of
 
 from blockrag.codec import payload_nbytes
@@ -103,13 +103,7 @@ def test_nothing_to_compare_is_refused(make_model, prompts, precisions) -> None:
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "precision.py"
-    spec = importlib.util.spec_from_file_location("precision_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("precision")
 
 
 def test_the_benchmark_writes_what_it_measured(benchmark: ModuleType, monkeypatch, tmp_path: Path, capsys) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
 import test_stores
 from store_servers import redis_server, s3_server
-from test_stores import IN_FILE, SMALL, key, value
+from test_stores import IN_FILE, SMALL, key, value, wrong_reads_in_threads
 
 from blockrag.stores import BlockStore, DiskStore, MemoryStore, TieredStore, open_store
 
@@ -103,22 +102,7 @@ class TestContract(test_stores.TestEveryStore):
 
     @pytest.mark.parametrize("size", [SMALL, IN_FILE])
     def test_threads_share_a_store(self, store, size):
-        def work(worker: int) -> int:
-            wrong = 0
-            for i in range(25):
-                number = worker % 2 * 100 + i
-                store.put(key(number), value(number, size))
-                for other in (number, i, 100 + i):
-                    found = store.get(key(other))
-                    wrong += found is not None and bytes(found) != value(other, size)
-                wrong += sum(
-                    data is not None and bytes(data) != value(i + j, size)
-                    for j, (_, data) in enumerate(store.get_many([key(i + j) for j in range(3)]))
-                )
-            return wrong
-
-        with ThreadPoolExecutor(6) as pool:
-            assert list(pool.map(work, range(6))) == [0] * 6
+        assert wrong_reads_in_threads(store, size) == 0
         assert set(store.keys()) == {key(i) for i in [*range(25), *range(100, 125)]}
         assert store.stats().puts == 150
         assert store.stats().failures == 0

@@ -56,6 +56,27 @@ def store(make_store):
     return make_store()
 
 
+def wrong_reads_in_threads(store: BlockStore, size: int) -> int:
+    """Six threads write 50 blocks, three times each, and read each other's; returns how many reads were wrong."""
+
+    def work(worker: int) -> int:
+        wrong = 0
+        for i in range(25):
+            number = worker % 2 * 100 + i
+            store.put(key(number), value(number, size))
+            for other in (number, i, 100 + i):
+                found = store.get(key(other))
+                wrong += found is not None and bytes(found) != value(other, size)
+            wrong += sum(
+                data is not None and bytes(data) != value(i + j, size)
+                for j, (_, data) in enumerate(store.get_many([key(i + j) for j in range(3)]))
+            )
+        return wrong
+
+    with ThreadPoolExecutor(6) as pool:
+        return sum(pool.map(work, range(6)))
+
+
 class TestEveryStore:
     def test_values_of_get_many_stay_as_they_are_while_they_are_held(self, store):
         for number in range(6):
@@ -199,23 +220,7 @@ class TestEveryStore:
     @pytest.mark.parametrize("size", [SMALL, IN_FILE])
     def test_threads_share_a_store(self, make_store, size):
         store = make_store(max_bytes=20 * size)
-
-        def work(worker: int) -> int:
-            wrong = 0
-            for i in range(25):
-                number = worker % 2 * 100 + i
-                store.put(key(number), value(number, size))
-                for other in (number, i, 100 + i):
-                    found = store.get(key(other))
-                    wrong += found is not None and bytes(found) != value(other, size)
-                wrong += sum(
-                    data is not None and bytes(data) != value(i + j, size)
-                    for j, (_, data) in enumerate(store.get_many([key(i + j) for j in range(3)]))
-                )
-            return wrong
-
-        with ThreadPoolExecutor(6) as pool:
-            assert list(pool.map(work, range(6))) == [0] * 6
+        assert wrong_reads_in_threads(store, size) == 0
         stats = store.stats()
         assert stats.bytes == stats.blocks * size <= 20 * size
         assert stats.puts == 150
