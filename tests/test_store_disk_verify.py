@@ -248,6 +248,30 @@ class TestVerify:
         assert [report.faults for report in seen] == [()] * 10
         assert any(report.blocks for report in seen)
 
+    def test_a_block_that_was_evicted_and_written_again_is_no_fault(self, root):
+        """Between the list of the keys, the reading and the second list, at the worst moments."""
+
+        class Neighbour(StoreFiles):
+            reads = 0
+
+            def read_into(self, handle, buffer, offset):
+                if len(buffer) == IN_FILE:
+                    with contextlib.closing(DiskStore(root)) as other:
+                        if self.reads == 0:
+                            assert other.delete_many([key(3)]) == 1
+                        elif self.reads == 1:
+                            other.put(key(3), block(3, IN_FILE))
+                    self.reads += 1
+                return super().read_into(handle, buffer, offset)
+
+        with contextlib.closing(DiskStore(root)) as store:
+            store.put(key(5), block(5, IN_FILE))
+        with contextlib.closing(DiskStore(root, files=(files := Neighbour()))) as store:
+            assert store.verify(fix=True).faults == ()
+        assert files.reads == 2, "blocks 1 and 5; block 3 was away"
+        with contextlib.closing(DiskStore(root)) as store:
+            assert bytes(store.get(key(3))) == block(3, IN_FILE)
+
     def test_closed_store(self, root):
         store = DiskStore(root)
         store.close()

@@ -82,30 +82,38 @@ def check_blocks(store: BlockStore, *, fix: bool, on_block: Callable[[int], None
     """
     faults: list[Fault] = []
     owners: Counter[str] = Counter()
-    gone: list[str] = []
     blocks = total = 0
-    keys = iter(list(store.keys()))
-    while portion := list(islice(keys, _KEYS_AT_ONCE)):
-        for key, data in store.get_many(portion):
-            if data is None:
-                gone.append(key)
-                continue
-            size = len(data)
-            if on_block is not None:
-                on_block(size)
-            try:
-                header = codec.read_header(data)
-            except DamagedBlockError as error:
-                faults.append(_fault(store, "damaged", key, str(error), fix=fix))
-                continue
-            if header.key != key:
-                faults.append(_fault(store, "damaged", key, f"holds block {header.key}", fix=fix))
-                continue
-            owners[header.fingerprint] += 1
-            blocks += 1
-            total += size
-    # Somebody may have deleted a block since it was listed; then nothing is wrong.
-    for key in set(gone).intersection(store.keys() if gone else ()):
+
+    def check(keys: Iterable[str]) -> list[str]:
+        """Check some blocks, and return the keys of those that are gone."""
+        nonlocal blocks, total
+        gone: list[str] = []
+        left = iter(keys)
+        while portion := list(islice(left, _KEYS_AT_ONCE)):
+            for key, data in store.get_many(portion):
+                if data is None:
+                    gone.append(key)
+                    continue
+                size = len(data)
+                if on_block is not None:
+                    on_block(size)
+                try:
+                    header = codec.read_header(data)
+                except DamagedBlockError as error:
+                    faults.append(_fault(store, "damaged", key, str(error), fix=fix))
+                    continue
+                if header.key != key:
+                    faults.append(_fault(store, "damaged", key, f"holds block {header.key}", fix=fix))
+                    continue
+                owners[header.fingerprint] += 1
+                blocks += 1
+                total += size
+        return gone
+
+    # Somebody may have deleted a block since it was listed, and even written it again since; then nothing is wrong.
+    if gone := check(list(store.keys())):
+        gone = check(set(gone).intersection(store.keys()))
+    for key in gone:
         faults.append(_fault(store, "missing", key, "its bytes are gone, short or unreadable", fix=fix))
     return StoreReport(store.url, blocks, total, dict(owners), tuple(faults))
 

@@ -109,9 +109,9 @@ def _integrity(index: Index) -> list[str]:
 class _SoundBlocks:
     """The store's blocks for `check_blocks`, read without counting as used.
 
-    What must not be judged, or deleted, as a block is left out, and has a line of its own in the report: rows that the
-    store refuses to read, and value files that are there but cannot be read just now. Too many open files are no
-    reason to delete blocks.
+    What must not be judged, or deleted, as a block is left out. Rows that the store refuses to read, and value files
+    that are there but cannot be read just now, have a line of their own in the report: too many open files are no
+    reason to delete blocks. A block whose row is gone was evicted since it was listed, and has none.
     """
 
     def __init__(self, checked: Checked) -> None:
@@ -120,26 +120,26 @@ class _SoundBlocks:
         self.unreadable: list[Fault] = []
 
     def get_many(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
-        """Each key with its block, or None where that is gone."""
+        """Each key that has a row with its block, or None where the row's file is gone."""
         buffer = Buffer()
         for chunk in chunks(keys, with_values=True):
             rows = self._index.rows(chunk)
             for key in chunk:
-                row, previous = rows.get(key), None
-                value = self._read(row, buffer)
-                while value is None and row is not None and row != previous:
+                row, previous, value = rows.get(key), None, None
+                while row is not None and row != previous and (value := self._read(row, buffer)) is None:
                     # Somebody may have replaced it, and removed its file, since the row was read.
                     row, previous = self._index.rows([key]).get(key), row
-                    value = self._read(row, buffer)
-                if value is None and row is not None and self._index.values.length(row.filename or "") == row.size:
+                if row is None:
+                    continue
+                if value is None and self._index.values.length(row.filename or "") == row.size:
                     self.unreadable.append(Fault("unreadable", key, f"{row.filename} cannot be read, see the log"))
                 else:
                     yield key, value
                 del value
 
-    def _read(self, row: Row | None, buffer: Buffer) -> memoryview | None:
-        if row is None or row.filename is None:
-            return None if row is None else self._index.values.load(row, row.size)
+    def _read(self, row: Row, buffer: Buffer) -> memoryview | None:
+        if row.filename is None:
+            return self._index.values.load(row, row.size)
         opened = self._index.values.open(row.filename, row.size)
         return None if opened is None else self._index.values.read(opened, buffer)
 
