@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_models import CASES, LONG_CASES, LONGROPE, REFUSED_CASES, VOCAB, WINDOW, ModelCase, tiny_model
 from tiny_tokenizers import plain_tokenizer
@@ -21,6 +22,7 @@ from blockrag.prompt import Block, SegmentedPrompt
 from blockrag.stores import MemoryStore
 
 TOLERANCE = 1e-5
+ROUTING_MARGIN = 1e-5
 # One block longer than the window, one of a single token.
 LENGTHS = (7, WINDOW + 4, 9, 1)
 QUERY = 6
@@ -183,6 +185,27 @@ def test_prefill_does_not_depend_on_the_batch(family: BlockModel) -> None:
         torch.testing.assert_close(kv.data, alone.data, atol=2e-6, rtol=2e-5)
 
 
+def routing_margin(model: BlockModel, prompt: SegmentedPrompt) -> float:
+    """The least lead of a chosen expert over the best one left out, over all tokens and layers of the oracle."""
+    leads = [math.inf]
+
+    def note(_router: Any, _arguments: Any, output: tuple[torch.Tensor, ...]) -> None:
+        logits, _, chosen = output
+        left_out = torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen, value=False)
+        worst = logits.masked_fill(left_out, math.inf).amin(-1)
+        best = logits.masked_fill(~left_out, -math.inf).amax(-1)
+        leads.append(float((worst - best).min()))
+
+    routers = [module for module in model.model.modules() if type(module).__name__.endswith("Router")]
+    hooks = [router.register_forward_hook(note) for router in routers]
+    try:
+        oracle(model, prompt)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(leads)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), max_size=6),
@@ -190,13 +213,28 @@ def test_prefill_does_not_depend_on_the_batch(family: BlockModel) -> None:
     seed=st.integers(0, 1000),
     case=st.sampled_from(["llama-yarn", "mistral", "gemma3", "cohere", "deepseek-v3", "gpt-oss"]),
 )
+# Its last token's experts are tied to two steps of float32.
+@example(lengths=[6, 21, 9, 12, 11, 24], query=3, seed=549, case="deepseek-v3")
 def test_any_prompt_is_exact(lengths: list[int], query: int, seed: int, case: str) -> None:
     from shared_models import FINE_TUNED, shared_model
 
     model = BlockModel(
         shared_model(case), plain_tokenizer(), precision="float32", store=MemoryStore(), facts=FINE_TUNED
     )
-    assert_exact(model, prompt_of(lengths, query, seed=seed))
+    prompt = prompt_of(lengths, query, seed=seed)
+    # A mixture of experts jumps where two experts tie: there the model's own forward depends on the order of its sums.
+    assume(routing_margin(model, prompt) > ROUTING_MARGIN)
+    assert_exact(model, prompt)
+
+
+def test_a_tie_of_experts_is_seen() -> None:
+    from shared_models import FINE_TUNED, shared_model
+
+    for case, routed in (("deepseek-v3", True), ("gpt-oss", True), ("mistral", False)):
+        model = BlockModel(shared_model(case), plain_tokenizer(), precision="float32", facts=FINE_TUNED)
+        margins = [routing_margin(model, prompt_of([6, 21, 9, 12, 11, 24], 3, seed=seed)) for seed in (549, 1, 2)]
+        assert [math.isfinite(margin) for margin in margins] == [routed] * 3
+        assert [margin < ROUTING_MARGIN for margin in margins] == [case == "deepseek-v3", False, False]
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "gemma3", "qwen3"])
