@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Protocol, TypeVar, overload
 
 import torch
 
@@ -24,8 +24,16 @@ from blockrag.codec import Precision
 from blockrag.errors import InputError, UnsupportedModelError
 from blockrag.fingerprint import check_namespace
 from blockrag.model.answer import Chunk, Generation
-from blockrag.model.batch import BatchLimits, answer_together, group_prompts, padding_error
+from blockrag.model.batch import BatchLimits, padding_error
 from blockrag.model.blocks import BlockSource
+from blockrag.model.choices import (
+    Attention,
+    checked_attention,
+    checked_bytes,
+    checked_on_miss,
+    checked_precision,
+    default_precision,
+)
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning
 from blockrag.model.guard import ForwardGuard
 from blockrag.model.identity import fingerprint_of
@@ -38,9 +46,9 @@ from blockrag.model.prefill import prefill_blocks
 from blockrag.model.profile import ModelProfile, Regime, positions_of, room_within, structure_of
 from blockrag.model.running import OnMiss, RunningPrompt
 from blockrag.model.sampling import GenerationOptions
+from blockrag.model.several import SeveralPrompts
 from blockrag.model.stream import ResultStream
 from blockrag.model.trained import TrainedRange
-from blockrag.model.usage import Usage
 from blockrag.model.verification import tolerance, verified_profile
 from blockrag.model.weights import LoadedWeights, load_identified
 from blockrag.prompt import SegmentedPrompt, template_for
@@ -49,7 +57,6 @@ from blockrag.stores import MemoryStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from blockrag.errors import StoreError
     from blockrag.fingerprint import Fingerprint
     from blockrag.kernels.at_rest import AtRest
     from blockrag.kv import BlockKV
@@ -73,11 +80,9 @@ class ClosableIterator(Protocol[T_co]):
         ...
 
 
-__all__ = ["Attention", "BlockModel", "default_precision"]
+__all__ = ["Attention", "BlockModel"]
 
 logger = logging.getLogger(__name__)
-
-Attention = Literal["block", "full"]
 
 _DEFAULT_STORE_BYTES = 2 << 30
 # On a CPU 512 to 4,096 tokens are within 4 % of each other, so that memory decides; a GPU wants more.
@@ -146,14 +151,14 @@ class BlockModel:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.attention = _checked_attention(attention)
+        self.attention = checked_attention(attention)
         self.facts = facts or BlockAttentionFacts()
         self.template = template or self.facts.template or template_for(tokenizer, name_or_path=tokenizer.name_or_path)
         self.store: BlockStore = MemoryStore(max_bytes=_DEFAULT_STORE_BYTES) if store is None else store
-        self.precision: Precision = _checked_precision(precision or default_precision(model.dtype))
+        self.precision: Precision = checked_precision(precision or default_precision(model.dtype))
         self.namespace = check_namespace(namespace)
-        self.on_miss = _checked_on_miss(on_miss)
-        self._kept_bytes = _checked_bytes(kept_bytes)
+        self.on_miss = checked_on_miss(on_miss)
+        self._kept_bytes = checked_bytes(kept_bytes)
         self._weights: LoadedWeights | None = None
         self.device_pool = device_pool
         self._lock = ForwardGuard(model)
@@ -613,47 +618,21 @@ class BlockModel:
     ) -> list[Generation]:
         if attention == "full":
             prompts = [prompt.as_full() for prompt in prompts]
-        alone = partial(
+        stream = partial(
             self.stream, options=options, attention=attention, store=store, on_miss=on_miss, reencode=reencode
         )
-        profile = self.profile
-        if profile is None:
-            return [alone(prompt).finish() for prompt in prompts]
-        groups = group_prompts(prompts, profile, options.max_new_tokens, dtype=self.model.dtype, limits=limits)
-        kept_in = self.store if store is None else store
-        if attention == "block" and on_miss != "compute":
-            if on_miss == "error":
-                self._require_passages(prompts, kept_in)
-            return [alone(prompt).finish() for prompt in prompts]
-        computed: set[tuple[str, tuple[int, ...]]] = set()
-        failures: list[StoreError] = []
-        if attention == "block":
-            computed = self._materialize_together(prompts, kept_in, failures)
-        if any(len(group) > 1 for group in groups) and not self._batches_exactly:
-            groups = [[index] for index in range(len(prompts))]
-        generations: dict[int, Generation] = {}
-        for group in groups:
-            if len(group) == 1:
-                answered = [alone(prompts[group[0]]).finish()]
-            else:
-                answered = answer_together(
-                    [prompts[index] for index in group],
-                    options,
-                    start=partial(self.start, attention=attention, store=store, on_miss=on_miss, reencode=reencode),
-                    profile=profile,
-                    pool=self._pool,
-                )
-            generations.update(zip(group, answered, strict=True))
-        for index, prompt in enumerate(prompts):
-            # Each block computed beforehand counts once, for the first prompt that has it.
-            regime = profile.regime_for(prompt.num_tokens).name
-            new = [block.token_ids for block in prompt.local_blocks if (regime, block.token_ids) in computed]
-            generations[index].usage.charge(len(new), sum(map(len, new)))
-            computed.difference_update((regime, ids) for ids in new)
-        if failures:
-            # They were no prompt's alone, and count once as well.
-            generations[0].usage.store_failures += len(failures)
-        return [generations[index] for index in range(len(prompts))]
+        if self.profile is None:
+            return [stream(prompt).finish() for prompt in prompts]
+        several = SeveralPrompts(
+            source=self._source,
+            store=self.store if store is None else store,
+            device_pool=self.device_pool,
+            pool=self._pool,
+            alone=lambda prompt: stream(prompt).finish(),
+            start=partial(self.start, attention=attention, store=store, on_miss=on_miss, reencode=reencode),
+            batches_exactly=lambda: self._batches_exactly,
+        )
+        return several.answer(prompts, options, limits, compose=attention == "block", on_miss=on_miss)
 
     @cached_property
     def _batches_exactly(self) -> bool:
@@ -677,51 +656,15 @@ class BlockModel:
         kept = share if self._kept_bytes is None else self._kept_bytes
         return BufferPool(max_bytes=max(share, kept), kept_bytes=kept)
 
-    def _materialize_together(
-        self, prompts: Sequence[SegmentedPrompt], store: BlockStore, failures: list[StoreError]
-    ) -> set[tuple[str, tuple[int, ...]]]:
-        """Compute the blocks that are missing; returns the regime and the token ids of each.
-
-        What the store refuses is logged and added to `failures`; each prompt then looks after its blocks itself.
-        """
-        profile = self._composable()
-        by_regime: dict[str, list[Block]] = {}
-        for prompt in prompts:
-            by_regime.setdefault(profile.regime_for(prompt.num_tokens).name, []).extend(prompt.local_blocks)
-        computed: set[tuple[str, tuple[int, ...]]] = set()
-        for regime in profile.regimes:
-            if blocks := by_regime.get(regime.name):
-                new: list[tuple[int, ...]] = []
-
-                def note(block: Block, was_stored: bool, nbytes: int, new: list[tuple[int, ...]] = new) -> None:
-                    if not was_stored:
-                        new.append(block.token_ids)
-
-                self._source.materialize(blocks, regime, store, note, must_store=False, failures=failures)
-                computed.update((regime.name, ids) for ids in new)
-        return computed
-
-    def _require_passages(self, prompts: Sequence[SegmentedPrompt], store: BlockStore) -> None:
-        """Make sure that the passages of all prompts are stored, before any is answered.
-
-        Raises:
-            MissingBlockError: They are not.
-        """
-        profile = self._composable()
-        for regime in profile.regimes:
-            mine = [prompt for prompt in prompts if profile.regime_for(prompt.num_tokens) is regime]
-            blocks = [block for prompt in mine for block in prompt.local_blocks]
-            self._source.require_passages(blocks, regime, store, self.device_pool, Usage())
-
     def _shortest_regime(self, num_tokens: int) -> Regime:
         """The regime of the shortest prompt that can hold a block of that many tokens and a question."""
         return self._composable().regime_for(num_tokens + 1)
 
     def _on_miss(self, on_miss: OnMiss | None) -> OnMiss:
-        return self.on_miss if on_miss is None else _checked_on_miss(on_miss)
+        return self.on_miss if on_miss is None else checked_on_miss(on_miss)
 
     def _mode(self, attention: Attention | None) -> Attention:
-        mode = self.attention if attention is None else _checked_attention(attention)
+        mode = self.attention if attention is None else checked_attention(attention)
         if mode == "block":
             self._composable()
         return mode
@@ -757,33 +700,3 @@ class BlockModel:
     @property
     def _batch_tokens(self) -> int:
         return _BATCH_TOKENS.get(self.model.device.type, _BATCH_TOKENS["cpu"])
-
-
-def _checked_attention(attention: Attention) -> Attention:
-    if attention not in ("block", "full"):
-        raise InputError(f'attention={attention!r} is neither "block" nor "full"')
-    return attention
-
-
-def _checked_on_miss(on_miss: OnMiss) -> OnMiss:
-    if on_miss not in get_args(OnMiss):
-        raise InputError(f"on_miss={on_miss!r} is not one of {', '.join(map(repr, get_args(OnMiss)))}")
-    return on_miss
-
-
-def _checked_bytes(kept_bytes: int | None) -> int | None:
-    if kept_bytes is not None and kept_bytes < 0:
-        raise InputError(f"kept_bytes={kept_bytes!r} is negative; pass 0 to keep no prompts")
-    return kept_bytes
-
-
-def _checked_precision(precision: Precision) -> Precision:
-    if precision not in get_args(Precision):
-        raise InputError(f"precision={precision!r} is not one of {', '.join(map(repr, get_args(Precision)))}")
-    return precision
-
-
-def default_precision(dtype: torch.dtype) -> Precision:
-    """Precision at rest of a model that computes in `dtype`, unless another is asked for."""
-    # float16 keeps three bits more than bfloat16; a block beyond its range is stored as float32 instead.
-    return "bfloat16" if dtype == torch.bfloat16 else "float16"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockrag.errors import InputError
-from blockrag.model.block_model import BlockModel, default_precision
+from blockrag.model.block_model import BlockModel
+from blockrag.model.choices import default_precision
 from blockrag.model.loading import load_tokenizer, load_without_weights, resolve_device, resolve_dtype, source_of
 from blockrag.model.profile import ModelProfile, unprobed_profile
 from blockrag.prompt import template_for
