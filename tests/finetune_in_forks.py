@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ class DiesBehind(TrainerCallback):
             die()
 
 
-def run(plan: dict[str, Any]) -> None:
+def run(plan: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()) -> None:
     torch.set_num_threads(1)
     if plan.get("die") == "saving":
         saving.plot_history = die
-    callbacks = [DiesBehind(plan["die"])] if isinstance(plan.get("die"), int) else []
+    if isinstance(plan.get("die"), int):
+        callbacks = [*callbacks, DiesBehind(plan["die"])]
     settings = dict(plan["settings"])
     finetune(
         plan["model"],
