@@ -1093,7 +1093,7 @@ def test_a_database_held_by_another_process_is_an_error_not_a_hang(tmp_path, mon
 def test_texts_beyond_what_sqlite_holds(index):
     if sys.version_info < (3, 11):
         pytest.skip("this Python cannot lower the limit")
-    index._database._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
+    index._database.connection._sqlite.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
     with pytest.raises(InputError, match="too big"):
         index.add([Passage(id="p", text="x" * 6000)])
     assert len(index) == 0

@@ -18,8 +18,10 @@ from blockrag.encoders.given import GivenVectors
 from blockrag.encoders.lexical import LexicalEncoder
 from blockrag.encoders.protocol import Encoder, StatisticalEncoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
-from blockrag.index.database import PassageDatabase, fact_digests, peek
+from blockrag.index.database import PassageDatabase
+from blockrag.index.digests import fact_digests
 from blockrag.index.files import DATABASE_FILE, VECTOR_FILE, refuse_emptied
+from blockrag.index.opening import peek
 from blockrag.index.vector_file import VectorFileError, read_kind
 from blockrag.index.vectors import Kind, Rows, VectorIndex
 from blockrag.passage import Passage
@@ -98,7 +100,7 @@ def check_index(path: Path, *, fix: bool = False) -> IndexReport:
     encoder = _stand_in(name, dimension)
     database = PassageDatabase(path / DATABASE_FILE, encoder=name, dimension=dimension)
     try:
-        with database.transaction(writing=fix):
+        with database.connection.transaction(writing=fix):
             # Faults of the database may change its state, which is the one that the vectors must have.
             faults = [
                 *check_database(database, encoder, fix=fix),
@@ -106,7 +108,7 @@ def check_index(path: Path, *, fix: bool = False) -> IndexReport:
             ]
             return IndexReport.of(database, str(path), name, faults)
     finally:
-        database.close()
+        database.connection.close()
 
 
 def _stand_in(name: str, dimension: int) -> Encoder:
@@ -141,34 +143,34 @@ def check_database(database: PassageDatabase, encoder: Encoder, *, fix: bool) ->
 def _integrity(database: PassageDatabase, *, fix: bool) -> list[Fault]:
     found = _problems(database)
     if found and fix:
-        database.run("REINDEX")
+        database.connection.run("REINDEX")
     mended = bool(found) and fix and not _problems(database)
     return [Fault("damaged", DATABASE_FILE, f"{message}; {_LOST}", fixed=mended) for message in found]
 
 
 def _problems(database: PassageDatabase) -> list[str]:
-    messages = [str(message) for (message,) in database.run("PRAGMA integrity_check(10)")]
+    messages = [str(message) for (message,) in database.connection.run("PRAGMA integrity_check(10)")]
     return [] if messages == ["ok"] else messages
 
 
 def _strays(database: PassageDatabase, *, fix: bool) -> Iterator[Fault]:
     for table, condition in _STRAYS.items():
-        ((count,),) = database.run(f"SELECT count(*) FROM {table} WHERE {condition}", (), (int,))
+        ((count,),) = database.connection.run(f"SELECT count(*) FROM {table} WHERE {condition}", (), (int,))
         if not count:
             continue
         if fix:
-            database.run(f"DELETE FROM {table} WHERE {condition}")
+            database.connection.run(f"DELETE FROM {table} WHERE {condition}")
             if table == "embedding":
                 database.bump_stamp()
         yield Fault("stray", f"{DATABASE_FILE}: {table}", f"{count} rows belong to nothing", fixed=fix)
     orphans = "SELECT id FROM passage WHERE document_id NOT IN (SELECT id FROM document)"
-    for (passage_id,) in database.run(orphans, (), (str,)):
+    for (passage_id,) in database.connection.run(orphans, (), (str,)):
         yield Fault("missing", f"document of passage {passage_id!r}", f"it is gone; {_AGAIN}")
 
 
 def _embeddings(database: PassageDatabase) -> Iterator[Fault]:
     sql = "SELECT id FROM passage WHERE row NOT IN (SELECT row FROM embedding)"
-    for (passage_id,) in database.run(sql, (), (str,)):
+    for (passage_id,) in database.connection.run(sql, (), (str,)):
         yield Fault("missing", f"vector of passage {passage_id!r}", f"it cannot be found; {_AGAIN}")
     rows = database.rows()
     for start in range(0, len(rows), _AT_ONCE):
@@ -203,9 +205,9 @@ def _passages(database: PassageDatabase, encoder: Encoder, *, fix: bool) -> Iter
         wrong.update((row, digests) for row, digests in expected.items() if facts.get(row, set()) != digests)
     if wrong:
         if fix:
-            database.run_with_list("DELETE FROM fact WHERE row IN (?)", list(wrong))
+            database.connection.run_with_list("DELETE FROM fact WHERE row IN (?)", list(wrong))
             pairs = [(digest, row) for row, digests in wrong.items() for digest in digests]
-            database.run_many("INSERT INTO fact VALUES (?, ?)", pairs)
+            database.connection.run_many("INSERT INTO fact VALUES (?, ?)", pairs)
         message = (
             f"the metadata of {len(wrong)} passages are looked up under other values, the first in row {min(wrong)}"
         )
@@ -225,19 +227,19 @@ def _single_passages(database: PassageDatabase, rows: list[int], passages: dict[
 
 def _facts(database: PassageDatabase, rows: list[int]) -> Mapping[int, set[bytes]]:
     facts: dict[int, set[bytes]] = {}
-    for row, digest in database.run_with_list("SELECT row, digest FROM fact WHERE row IN (?)", rows):
+    for row, digest in database.connection.run_with_list("SELECT row, digest FROM fact WHERE row IN (?)", rows):
         facts.setdefault(row, set()).add(digest)
     return facts
 
 
 def _words(database: PassageDatabase, words: Counter[str], *, fix: bool) -> Iterator[Fault]:
-    counted = dict(database.run("SELECT term, passages FROM term"))
+    counted = dict(database.connection.run("SELECT term, passages FROM term"))
     wrong = [word for word in counted.keys() | words.keys() if counted.get(word) != words.get(word)]
     if not wrong:
         return
     if fix:
-        database.run("DELETE FROM term")
-        database.run_many("INSERT INTO term VALUES (?, ?)", words.items())
+        database.connection.run("DELETE FROM term")
+        database.connection.run_many("INSERT INTO term VALUES (?, ?)", words.items())
     first = min(wrong, key=repr)
     message = (
         f"the counts of {len(wrong)} words are wrong, the first is {first!r:.60}: said to be in "

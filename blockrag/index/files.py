@@ -18,7 +18,9 @@ __all__ = [
     "DATABASE_FILE",
     "VECTOR_FILE",
     "NotAFileError",
+    "bytes_in",
     "create_private",
+    "make_directory",
     "make_private",
     "open_regular",
     "refuse_emptied",
@@ -35,6 +37,29 @@ _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLL
 
 class NotAFileError(OSError):
     """The name leads to a link, a pipe, a directory or a device."""
+
+
+def make_directory(path: Path) -> None:
+    """Make an index's directory where it is missing.
+
+    Raises:
+        PassageIndexError: It cannot be made.
+    """
+    try:
+        # Documents are as private as the files they came from: who may list them is for their owner to widen.
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise PassageIndexError(f"cannot make the index directory {str(path)!r} ({error}); pass another") from error
+
+
+def bytes_in(directory: Path) -> int:
+    """Bytes of an index's files; one that goes meanwhile, as those that are being written do, has none."""
+    total = 0
+    for name in (DATABASE_FILE, VECTOR_FILE):
+        for file in directory.glob(f"{name}*"):
+            with suppress(FileNotFoundError):
+                total += file.stat().st_size
+    return total
 
 
 def refuse_irregular(path: Path) -> None:

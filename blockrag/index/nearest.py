@@ -6,7 +6,7 @@ import numpy as np
 
 from blockrag.encoders.protocol import Vectors
 from blockrag.index.database import PassageDatabase
-from blockrag.index.vectors import Kind, Rows, VectorIndex
+from blockrag.index.vectors import Rows, VectorIndex
 
 __all__ = ["nearest_rows"]
 
@@ -20,19 +20,18 @@ _FEW_ROWS = 4096
 
 
 def nearest_rows(
-    database: PassageDatabase, index: VectorIndex, kind: Kind, queries: Vectors, k: int, allowed: Rows | None
+    database: PassageDatabase, index: VectorIndex, queries: Vectors, k: int, allowed: Rows | None
 ) -> list[list[tuple[int, float]]]:
     """Rows and scores of the best `k` of each query, ordered; scores are exact products of the stored vectors.
 
     Args:
         database: Holds the vectors.
-        index: Finds them.
-        kind: Whether it finds all that are near.
+        index: Finds them; its kind says whether it finds all that are near.
         queries: `[n, dimension]`; one of zeros is near to nothing.
         k: How many.
         allowed: Only these rows, ascending; None for all.
     """
-    if allowed is not None and (kind != "flat" or len(allowed) <= _FEW_ROWS):
+    if allowed is not None and (index.kind != "flat" or len(allowed) <= _FEW_ROWS):
         return _scan(database, queries, k, allowed)
     candidates = _candidates(index, queries, k, allowed)
     rows, vectors = database.embeddings(np.unique(np.concatenate(candidates)))

@@ -1,8 +1,8 @@
 """`PassageIndex`: passages found by meaning, kept in step with documents that come, change and go.
 
-It joins the database (the truth) with the searchable vectors (derived), decides what a write changes, and asks the
-encoder for exactly the vectors that are missing, unless the caller brings them. It knows no language model and no
-block store; of KV states it keeps only the keys, so that they can be dropped when their last passage goes.
+It joins the database (the truth) with the searchable vectors (derived), and says what may be asked of them: its methods
+are the contract, and refuse what cannot be stored; `writing` and `searching` do the work. It knows no language model
+and no block store; of KV states it keeps only the keys, so that they can be dropped when their last passage goes.
 
 A document may be marked as superseded: it answers until its next version is added, which then replaces it in one
 transaction. That serves callers who must say "delete" before they have the new version.
@@ -15,26 +15,25 @@ caught up with. Inside a process, searches run side by side and exclude only the
 from __future__ import annotations
 
 import logging
-import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockrag.encoders.given import as_vectors
-from blockrag.encoders.protocol import Encoder, RescoringEncoder, StatisticalEncoder, Vectors
+from blockrag.encoders.protocol import Encoder, Vectors
 from blockrag.errors import InputError, PassageIndexError
-from blockrag.index.database import PassageDatabase, StoredPassage, TermCounts, peek
-from blockrag.index.files import DATABASE_FILE, VECTOR_FILE, make_private, refuse_emptied
-from blockrag.index.locks import ReadWriteLock
-from blockrag.index.nearest import nearest_rows
+from blockrag.index.database import PassageDatabase
+from blockrag.index.embedding import given_vectors
+from blockrag.index.files import DATABASE_FILE, bytes_in, make_directory, refuse_emptied
+from blockrag.index.following import FollowingVectors
+from blockrag.index.opening import peek
 from blockrag.index.records import Change, DocumentInfo, DocumentUpdate, IndexOrigin, IndexStats
-from blockrag.index.updates import Plan, check_updates, plan_document, storable
-from blockrag.index.vectors import Kind, Rows, VectorFileError, VectorIndex
+from blockrag.index.searching import Searcher
+from blockrag.index.updates import additions, storable
+from blockrag.index.vectors import Kind, VectorIndex
+from blockrag.index.writing import Writer
 from blockrag.passage import Hit, Passage
 
 if TYPE_CHECKING:
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["PassageIndex"]
 
 _log = logging.getLogger(__name__)
-
-_QUERIES_AT_ONCE = 64
-_WORN = "most of what they were built from has changed"
 
 
 class PassageIndex:
@@ -67,24 +63,22 @@ class PassageIndex:
 
     def __init__(self, encoder: Encoder, path: str | Path | None = None, *, kind: Kind = "flat") -> None:
         self._encoder = encoder
-        self._kind = kind
         self._path = Path(path) if path is not None else None
-        self._lock = ReadWriteLock()
-        self._writer = threading.Lock()
-        self._vectors = VectorIndex(kind, encoder.dimension)
         self._closed = False
+        # Refuses an unknown kind before anything is made on disk.
+        empty = VectorIndex(kind, encoder.dimension)
         if self._path is not None:
-            _make_directory(self._path)
+            make_directory(self._path)
             refuse_emptied(self._path)
         database_file = self._path / DATABASE_FILE if self._path is not None else None
         self._database = PassageDatabase(database_file, encoder=encoder.name, dimension=encoder.dimension)
-        # The database state the vectors in memory are, and the one in the vector file; "" is neither.
-        self._stamp = self._saved_stamp = ""
         try:
-            self._load()
+            self._vectors = FollowingVectors(self._database, empty, self._path)
         except BaseException:
-            self._database.close()
+            self._database.connection.close()
             raise
+        self._writer = Writer(encoder, self._database, self._vectors)
+        self._searcher = Searcher(encoder, self._database, self._vectors)
 
     @classmethod
     def peek(cls, path: str | Path) -> IndexOrigin | None:
@@ -136,7 +130,7 @@ class PassageIndex:
             InputError: As `replace_document`; also when a document occurs twice.
             PassageIndexError: As `replace_document`.
         """
-        return self._write(documents, replace=True)
+        return self._writer.update(documents, replace=True)
 
     def add(
         self,
@@ -165,23 +159,13 @@ class PassageIndex:
                 JSON-serialisable, or the vectors have another shape or are not finite. Nothing is changed.
             PassageIndexError: The database is damaged, locked or closed. Nothing is changed.
         """
-        given = None if vectors is None else self._given(passages, vectors)
-        grouped: dict[str, list[Passage]] = {}
-        for passage in passages:
-            grouped.setdefault(passage.document_id, []).append(passage)
-        unknown = set(block_keys or ()) - {passage.id for passage in passages}
-        if unknown:
-            raise InputError(f"block keys are given for passage {min(unknown)!r}, which is not among those added")
-        updates = []
-        for name, group in grouped.items():
-            keys = {passage.id: block_keys[passage.id] for passage in group if block_keys and passage.id in block_keys}
-            updates.append(DocumentUpdate(name, group, block_keys=keys, fingerprint=fingerprint))
-        return self._write(updates, replace=False, given=given)
+        given = None if vectors is None else given_vectors(self._encoder, passages, vectors)
+        return self._writer.update(additions(passages, block_keys, fingerprint), replace=False, given=given)
 
     def delete_document(self, document_id: str) -> Change:
         """Delete a document and its passages; an unknown document is no error and changes nothing."""
         storable("document id", document_id)
-        return self._delete_documents(lambda: [document_id])
+        return self._writer.delete_document(document_id)
 
     def delete_passages(self, passage_ids: Collection[str]) -> Change:
         """Delete passages in one transaction, and the documents whose last passage goes; unknown ids are ignored.
@@ -195,27 +179,11 @@ class PassageIndex:
             raise InputError(f"passage ids are the string {passage_ids!r}; pass [{passage_ids!r}]")
         for passage_id in passage_ids:
             storable("passage id", passage_id)
-        with self._writer, self._lock.writing():
-            with self._database.transaction():
-                before = self._database.stamp
-                stored = self._database.stored_passages(set(passage_ids))
-                keys = self._delete(stored)
-                self._leave({passage.document_id for passage in stored})
-                change, after = self._deleted(stored, keys)
-            self._apply(before, after, gone=[passage.row for passage in stored])
-        return change
+        return self._writer.delete_passages(passage_ids)
 
     def clear(self) -> Change:
         """Delete everything."""
-        with self._writer, self._lock.writing():
-            with self._database.transaction():
-                before, rows = self._database.stamp, self._database.rows().tolist()
-                keys = self._database.delete_everything()
-                if rows:
-                    self._database.bump_stamp()
-                after = self._database.stamp
-            self._apply(before, after, gone=rows)
-        return Change(removed=len(rows), orphaned_block_keys=frozenset(keys))
+        return self._writer.clear()
 
     def mark_superseded(self, document_id: str) -> bool:
         """Announce that a document will be replaced; until then it answers, also after a restart.
@@ -227,12 +195,7 @@ class PassageIndex:
             Whether there is such a document; an unknown one is not marked.
         """
         storable("document id", document_id)
-        with self._writer, self._database.transaction():
-            if not self._database.is_document(document_id):
-                return False
-            self._database.forget_hashes(document_id)
-            self._database.mark_superseded(document_id)
-            return True
+        return self._writer.mark_superseded(document_id)
 
     def superseded(self) -> set[str]:
         """The documents that are marked."""
@@ -240,37 +203,7 @@ class PassageIndex:
 
     def drop_superseded(self, document_ids: Collection[str] | None = None) -> Change:
         """Delete the documents that are marked still: all of them, or those among `document_ids`."""
-
-        def marked() -> list[str]:
-            found = self._database.superseded()
-            return sorted(found if document_ids is None else found.intersection(document_ids))
-
-        return self._delete_documents(marked)
-
-    def _delete_documents(self, choose: Callable[[], Sequence[str]]) -> Change:
-        """Delete the documents that `choose` names inside the transaction."""
-        with self._writer, self._lock.writing():
-            with self._database.transaction():
-                before, names = self._database.stamp, choose()
-                stored = [passage for name in names for passage in self._database.stored(name)]
-                keys = self._delete(stored)
-                for name in names:
-                    self._database.delete_document(name)
-                change, after = self._deleted(stored, keys)
-            self._apply(before, after, gone=[passage.row for passage in stored])
-        return change
-
-    def _deleted(self, stored: Sequence[StoredPassage], keys: Collection[str]) -> tuple[Change, str]:
-        """The change that these deletions are, and the stamp after it; still inside the transaction."""
-        if stored:
-            self._database.bump_stamp()
-        return Change(removed=len(stored), orphaned_block_keys=self._database.unused(keys)), self._database.stamp
-
-    def _leave(self, document_ids: Collection[str]) -> None:
-        """Forget the hashes of documents that lost passages, and documents that lost their last one."""
-        for document_id in document_ids:
-            self._database.forget_hashes(document_id)
-        self._database.delete_if_empty(document_ids)
+        return self._writer.drop_superseded(document_ids)
 
     def set_block_keys(self, passage_id: str, fingerprint: str, keys: Sequence[str]) -> Change:
         """Record which blocks hold a passage's KV states under a fingerprint; replaces those recorded before.
@@ -280,184 +213,7 @@ class PassageIndex:
         """
         for name, value in (("passage id", passage_id), ("fingerprint", fingerprint), *(("key", key) for key in keys)):
             storable(name, value)
-        with self._writer, self._database.transaction():
-            found = self._database.rows_of([passage_id]).get(passage_id)
-            if found is None:
-                raise InputError(f"there is no passage {passage_id!r}; add it before setting its block keys")
-            before = self._database.set_blocks(found[0], fingerprint, keys)
-            return Change(kept=1, orphaned_block_keys=self._database.unused(before))
-
-    def _write(self, documents: Sequence[DocumentUpdate], *, replace: bool, given: _ById | None = None) -> Change:
-        check_updates(documents)
-        if not documents:
-            return Change()
-        vectors: dict[str, Vectors] = dict(given or {})
-        with self._writer:
-            while True:
-                with self._database.transaction(writing=False):
-                    plans = self._plan(documents, replace=replace, given=given)
-                # Embedding is slow: it happens outside transactions and beside searches. Should another process
-                # change these documents meanwhile, the plan made inside the transaction asks for more: once more then.
-                self._embed([passage for plan in plans for _, passage in plan.fresh], vectors)
-                with self._lock.writing():
-                    change = self._commit(documents, vectors, replace=replace, given=given)
-                if change is not None:
-                    return change
-
-    def _plan(self, documents: Sequence[DocumentUpdate], *, replace: bool, given: _ById | None) -> list[Plan]:
-        """What each document's update means for the passages stored now."""
-        marked = self._database.superseded()
-        plans = []
-        for update in documents:
-            stored = self._database.stored(update.document_id)
-            changed = frozenset[str]() if given is None else self._with_other_vectors(stored, given)
-            plans.append(plan_document(update, stored, replace or update.document_id in marked, changed))
-        leaving = {passage.row for plan in plans for passage in plan.gone}
-        fresh = {passage.id: plan for plan in plans for _, passage in plan.fresh}
-        for passage in self._database.stored_passages(fresh):
-            if passage.row in leaving:
-                continue
-            if given is None:
-                raise InputError(
-                    f"passage id {passage.id!r} of document {fresh[passage.id].document_id!r} belongs to document "
-                    f"{passage.document_id!r} already; ids are unique in an index: put the document id into the "
-                    "passage id"
-                )
-            fresh[passage.id].gone.append(passage)
-        return plans
-
-    def _given(self, passages: Sequence[Passage], vectors: Vectors) -> _ById:
-        """Vectors from outside by passage id, checked."""
-        checked = self._checked_vectors(vectors, what="vectors")
-        if len(checked) != len(passages):
-            raise InputError(f"{len(checked)} vectors are given for {len(passages)} passages; pass one for each")
-        return {passage.id: vector for passage, vector in zip(passages, checked, strict=True)}
-
-    def _checked_vectors(self, vectors: Vectors, *, what: str) -> Vectors:
-        """`[n, dimension]` float32, finite."""
-        array = as_vectors(vectors, what=what)
-        if array.shape[:1] == (0,):
-            return np.zeros((0, self._encoder.dimension), dtype=np.float32)
-        if array.ndim != 2 or array.shape[1] != self._encoder.dimension:
-            raise InputError(
-                f"{what} have shape {array.shape}, but the index of {self._encoder.name!r} holds "
-                f"{self._encoder.dimension} dimensions: use the embedding model that built it, or a new index"
-            )
-        if not np.isfinite(array).all():
-            row = int(np.argmin(np.isfinite(array).all(axis=1)))
-            raise InputError(f"{what}: row {row} is not finite; check the embedding model's precision and weights")
-        return array
-
-    def _with_other_vectors(self, stored: Sequence[StoredPassage], given: _ById) -> frozenset[str]:
-        """The ids of the stored passages whose vector is not the one that is given."""
-        ids = {passage.row: passage.id for passage in stored if passage.id in given}
-        rows, vectors = self._database.embeddings(np.array(sorted(ids), dtype=np.int64))
-        pairs = zip(rows.tolist(), vectors, strict=True)
-        return frozenset(ids[row] for row, vector in pairs if not np.array_equal(vector, given[ids[row]]))
-
-    def _embed(self, passages: Sequence[Passage], vectors: dict[str, Vectors]) -> None:
-        """Add the vectors that `vectors` lacks, by passage id; equal texts are embedded once."""
-        missing = [passage for passage in passages if passage.id not in vectors]
-        first = {(passage.title, passage.text): passage for passage in reversed(missing)}
-        distinct = list(first.values())[::-1]
-        if not distinct:
-            return
-        embedded = self._encoder.encode_passages(distinct)
-        if embedded.shape != (len(distinct), self._encoder.dimension):
-            raise PassageIndexError(
-                f"encoder {self._encoder.name!r} gave vectors of shape {embedded.shape} for {len(distinct)} passages, "
-                f"not ({len(distinct)}, {self._encoder.dimension}); fix the encoder"
-            )
-        finite = np.isfinite(embedded).all(axis=1)
-        if not finite.all():
-            culprit = distinct[int(np.argmin(finite))]
-            raise PassageIndexError(
-                f"encoder {self._encoder.name!r} gave a vector that is not finite for passage {culprit.id!r}; check "
-                "the encoder's precision and weights"
-            )
-        by_text = {
-            (passage.title, passage.text): vector
-            for passage, vector in zip(distinct, embedded.astype(np.float32, copy=False), strict=True)
-        }
-        vectors.update((passage.id, by_text[passage.title, passage.text]) for passage in missing)
-
-    def _commit(
-        self, documents: Sequence[DocumentUpdate], vectors: _ById, *, replace: bool, given: _ById | None
-    ) -> Change | None:
-        """One transaction and its effect on the vectors; None, and nothing done, when a vector is missing."""
-        with self._database.transaction():
-            before = self._database.stamp
-            plans = self._plan(documents, replace=replace, given=given)
-            if any(passage.id not in vectors for plan in plans for _, passage in plan.fresh):
-                return None
-            leaving = [passage for plan in plans for passage in plan.gone]
-            keys = self._delete(leaving)
-            new: dict[int, Vectors] = {}
-            for update, plan in zip(documents, plans, strict=True):
-                new.update(self._insert(update, plan, vectors))
-                keys |= self._set_blocks(update)
-                self._set_hashes(update, changed=plan.changes, replace=replace)
-            # What moved to another document came out of one that is not in this update.
-            self._leave({passage.document_id for passage in leaving} - {update.document_id for update in documents})
-            self._count_terms([p for plan in plans for _, p in plan.fresh], +1)
-            gone = [passage.row for passage in leaving]
-            if new or gone:
-                self._database.bump_stamp()
-            orphans = self._database.unused(keys)
-            after = self._database.stamp
-        self._apply(before, after, gone=gone, new=new)
-        kept = sum(len(plan.kept) for plan in plans)
-        return Change(added=len(new), kept=kept, removed=len(gone), orphaned_block_keys=orphans)
-
-    def _insert(self, update: DocumentUpdate, plan: Plan, vectors: _ById) -> dict[int, Vectors]:
-        self._database.put_document(update.document_id)
-        for ordinal, stored, passage in plan.kept:
-            self._database.revise(stored, passage, ordinal)
-        new: dict[int, Vectors] = {}
-        for ordinal, passage in plan.fresh:
-            vector = vectors[passage.id]
-            new[self._database.insert(passage, ordinal, vector)] = vector
-        return new
-
-    def _delete(self, stored: Sequence[StoredPassage]) -> set[str]:
-        """Delete passages and uncount their terms; returns the block keys they had."""
-        passages = [Passage(id=passage.id, text=passage.text, title=passage.title) for passage in stored]
-        self._count_terms(passages, -1)
-        return self._database.delete([passage.row for passage in stored])
-
-    def _set_blocks(self, update: DocumentUpdate) -> set[str]:
-        """Record an update's block keys; returns the keys they replace."""
-        replaced: set[str] = set()
-        found = self._database.rows_of(list(update.block_keys or {}))
-        for passage_id, keys in (update.block_keys or {}).items():
-            replaced |= self._database.set_blocks(found[passage_id][0], update.fingerprint, keys)
-        return replaced
-
-    def _set_hashes(self, update: DocumentUpdate, *, changed: bool, replace: bool) -> None:
-        self._database.unmark_superseded(update.document_id)
-        if changed:
-            self._database.forget_hashes(update.document_id)
-        if replace:
-            for fingerprint in {"", update.fingerprint}:
-                self._database.set_hash(update.document_id, fingerprint, update.content_hash)
-
-    def _count_terms(self, passages: Sequence[Passage], sign: int) -> None:
-        if isinstance(self._encoder, StatisticalEncoder) and passages:
-            counts = Counter(term for terms in self._encoder.passage_terms(passages) for term in terms)
-            self._database.count_terms({term: sign * count for term, count in counts.items()})
-
-    def _apply(self, before: str, after: str, *, gone: Sequence[int], new: Mapping[int, Vectors] | None = None) -> None:
-        """Bring a committed write into the vectors; the write lock is held."""
-        if before != self._stamp:
-            # Another process wrote before us: the next search catches up with both.
-            return
-        self._stamp = ""
-        self._vectors.remove(np.array(gone, dtype=np.int64))
-        if new:
-            self._vectors.add(np.array(list(new), dtype=np.int64), np.stack(list(new.values())))
-        self._stamp = after
-        if self._vectors.worn:
-            self._rebuild(_WORN)
+        return self._writer.set_block_keys(passage_id, fingerprint, keys)
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
@@ -478,22 +234,13 @@ class PassageIndex:
             InputError: `k` is less than 1, or a value of `where` is not JSON-serialisable.
             PassageIndexError: The database is damaged, locked or closed.
         """
-        return self.search_many([question], k, where=where)[0]
+        return self._searcher.search_many([question], k, where)[0]
 
     def search_many(
         self, questions: Sequence[str], k: int = 5, *, where: Mapping[str, object] | None = None
     ) -> list[list[Hit]]:
         """`search` for many questions at once; equal to searching each alone."""
-        _check_search(k, where)
-        self._catch_up()
-        queries = self._encode_queries(questions)
-        hits: list[list[Hit]] = []
-        with self._lock.reading():
-            allowed = self._database.matching(where) if where else None
-            for start in range(0, len(queries), _QUERIES_AT_ONCE):
-                some = slice(start, start + _QUERIES_AT_ONCE)
-                hits += self._hits(questions[some], queries[some], k, allowed)
-        return hits
+        return self._searcher.search_many(questions, k, where)
 
     def search_vectors(
         self,
@@ -519,110 +266,9 @@ class PassageIndex:
                 not JSON-serialisable.
             PassageIndexError: The database is damaged, locked or closed.
         """
-        _check_search(k, where)
-        for passage_id in passage_ids or ():
-            storable("passage id", passage_id)
-        checked = self._checked_vectors(queries, what="query vectors")
-        self._catch_up()
-        hits: list[list[Hit]] = []
-        with self._lock.reading():
-            allowed = self._database.matching(where) if where else None
-            if passage_ids is not None:
-                chosen = np.array([row for row, _ in self._database.rows_of(set(passage_ids)).values()], dtype=np.int64)
-                allowed = np.sort(chosen) if allowed is None else np.intersect1d(chosen, allowed)
-            for start in range(0, len(checked), _QUERIES_AT_ONCE):
-                hits += self._nearest(checked[start : start + _QUERIES_AT_ONCE], k, allowed)
-        return hits
+        return self._searcher.search_vectors(queries, k, where, passage_ids)
 
-    def vectors_of(self, passage_ids: Collection[str]) -> dict[str, Vectors]:
-        """The stored vector `[dimension]` float32 of each of these passages that is there."""
-        for passage_id in passage_ids:
-            storable("passage id", passage_id)
-        with self._database.transaction(writing=False):
-            ids = {row: passage_id for passage_id, (row, _) in self._database.rows_of(set(passage_ids)).items()}
-            rows, vectors = self._database.embeddings(np.array(sorted(ids), dtype=np.int64))
-        return {ids[row]: vector for row, vector in zip(rows.tolist(), vectors, strict=True)}
-
-    def _nearest(self, queries: Vectors, k: int, allowed: Rows | None) -> list[list[Hit]]:
-        """The hits of some queries, ordered by inner product."""
-        best = self._nearest_rows(queries, k, allowed)
-        found = self._database.passages_at({row for rows in best for row, _ in rows})
-        return [[Hit(found[row], score) for row, score in rows if row in found] for rows in best]
-
-    def _hits(self, questions: Sequence[str], queries: Vectors, k: int, allowed: Rows | None) -> list[list[Hit]]:
-        """The hits of some queries, ordered by inner product, or by the score the encoder computes from the text."""
-        encoder = self._encoder
-        if not isinstance(encoder, RescoringEncoder):
-            return self._nearest(queries, k, allowed)
-        best = self._nearest_rows(queries, k + encoder.spare_candidates, allowed)
-        found = self._database.passages_at({row for rows in best for row, _ in rows})
-        hits = []
-        for question, rows in zip(questions, best, strict=True):
-            candidates = [found[row] for row, _ in sorted(rows) if row in found]
-            scores = encoder.score(question, candidates, self._term_counts())
-            # Sorting is stable: equal scores stay in order of addition.
-            ranked = sorted(zip(candidates, scores, strict=True), key=lambda pair: -pair[1])
-            hits.append([Hit(passage, score) for passage, score in ranked[:k]])
-        return hits
-
-    def _term_counts(self) -> TermCounts:
-        return TermCounts(self._database, passages=len(self._vectors.rows))
-
-    def _encode_queries(self, questions: Sequence[str]) -> Vectors:
-        if isinstance(self._encoder, StatisticalEncoder):
-            return self._encoder.encode_queries_with(questions, self._term_counts())
-        return self._encoder.encode_queries(questions)
-
-    def _nearest_rows(self, queries: Vectors, k: int, allowed: Rows | None) -> list[list[tuple[int, float]]]:
-        return nearest_rows(self._database, self._vectors, self._kind, queries, k, allowed)
-
-    # -- keeping the vectors in step ----------------------------------------------------------------------------------
-
-    def _load(self) -> None:
-        """Take the vectors from their file if they are those of the database, else from the database."""
-        with self._database.transaction(writing=False):
-            stamp, rows = self._database.stamp, self._database.rows()
-            if self._path is None:
-                self._stamp = stamp
-                return
-            try:
-                file = self._path / VECTOR_FILE
-                make_private(file)
-                self._vectors = VectorIndex.load(file, self._kind, self._encoder.dimension, stamp=stamp, rows=rows)
-            except VectorFileError as error:
-                level = logging.INFO if error.ordinary else logging.WARNING
-                self._rebuild(f"{VECTOR_FILE} cannot be used: {error}", level)
-            else:
-                self._stamp = self._saved_stamp = stamp
-
-    def _rebuild(self, reason: str, level: int = logging.WARNING) -> None:
-        """Build the vectors from the database; the write lock is held, or nobody else has the index yet."""
-        self._stamp = ""
-        with self._database.transaction(writing=False):
-            stamp, rows = self._database.stamp, self._database.rows()
-            if len(rows):
-                _log.log(level, "building the vectors of %d passages anew: %s", len(rows), reason)
-            self._vectors = VectorIndex(self._kind, self._encoder.dimension, self._database.embedding_chunks(rows))
-        self._stamp = stamp
-
-    def _catch_up(self) -> None:
-        """Follow what was committed since the vectors were last in step, by this process or another."""
-        if self._database.stamp == self._stamp:
-            return
-        with self._lock.writing(), self._database.transaction(writing=False):
-            stamp, rows, known = self._database.stamp, self._database.rows(), self._vectors.rows
-            if stamp == self._stamp:
-                return
-            if not self._stamp:
-                self._rebuild("an earlier change did not complete")
-                return
-            self._stamp = ""
-            self._vectors.remove(np.setdiff1d(known, rows))
-            for some, vectors in self._database.embedding_chunks(np.setdiff1d(rows, known)):
-                self._vectors.add(some, vectors)
-            self._stamp = stamp
-            if self._vectors.worn:
-                self._rebuild(_WORN)
+    # -- the index as a whole -----------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the vector file, so that the next opening loads it instead of rebuilding.
@@ -630,21 +276,8 @@ class PassageIndex:
         Raises:
             PassageIndexError: The index is in memory only, or the file cannot be written (the index stays usable).
         """
-        if self._path is None:
-            raise PassageIndexError("this index is in memory only; open PassageIndex(encoder, path) to save one")
-        self._catch_up()
-        # Writers wait, searches do not.
-        with self._writer, self._lock.reading():
-            if self._stamp == self._saved_stamp:
-                return
-            try:
-                self._vectors.save(self._path / VECTOR_FILE, self._stamp)
-            except OSError as error:
-                raise PassageIndexError(
-                    f"cannot write {self._path / VECTOR_FILE} ({error}); free the disk and call save() again. No "
-                    "passage is lost: the file is rebuilt from the database"
-                ) from error
-            self._saved_stamp = self._stamp
+        with self._writer.lock:
+            self._vectors.save()
 
     def copy_to(self, path: str | Path) -> None:
         """Make `path` a copy of this index, from which another `PassageIndex` opens; what it held is replaced.
@@ -653,10 +286,10 @@ class PassageIndex:
             PassageIndexError: `path` is this index's own directory, is in use, or cannot be written.
         """
         target = Path(path)
-        _make_directory(target)
+        make_directory(target)
         if self._path is not None and target.resolve() == self._path.resolve():
             raise PassageIndexError(f"{str(path)!r} is this index's own directory; call save(), or pass another")
-        self._database.copy_to(target / DATABASE_FILE)
+        self._database.connection.copy_to(target / DATABASE_FILE)
 
     def verify(self, *, fix: bool = False) -> IndexReport:
         """Check the database, what it keeps for looking up and counting, and the vector file against it.
@@ -671,12 +304,11 @@ class PassageIndex:
         """
         from blockrag.index.checking import IndexReport, check_database, check_vector_file
 
-        with self._writer, self._lock.writing(), self._database.transaction(writing=fix):
+        with self._writer.lock, self._vectors.lock.writing(), self._database.connection.transaction(writing=fix):
             faults = check_database(self._database, self._encoder, fix=fix)
             if self._path is not None:
                 faults += check_vector_file(self._database, self._path, self._encoder.dimension, fix=fix)
-                # It may be another one now.
-                self._saved_stamp = ""
+                self._vectors.distrust_file()
             where = "memory" if self._path is None else str(self._path)
             return IndexReport.of(self._database, where, self._encoder.name, faults)
 
@@ -692,8 +324,8 @@ class PassageIndex:
             # The vector file is derived: without it the next opening is slower, nothing else.
             _log.warning("closing without saving the vectors: %s", error)
         finally:
-            with self._writer, self._lock.writing():
-                self._database.close()
+            with self._writer.lock, self._vectors.lock.writing():
+                self._database.connection.close()
 
     def __enter__(self) -> PassageIndex:
         return self
@@ -709,6 +341,15 @@ class PassageIndex:
         """The passage of this id, or None."""
         storable("passage id", passage_id)
         return self._database.passage(passage_id)
+
+    def vectors_of(self, passage_ids: Collection[str]) -> dict[str, Vectors]:
+        """The stored vector `[dimension]` float32 of each of these passages that is there."""
+        for passage_id in passage_ids:
+            storable("passage id", passage_id)
+        with self._database.connection.transaction(writing=False):
+            ids = {row: passage_id for passage_id, (row, _) in self._database.rows_of(set(passage_ids)).items()}
+            rows, vectors = self._database.embeddings(np.array(sorted(ids), dtype=np.int64))
+        return {ids[row]: vector for row, vector in zip(rows.tolist(), vectors, strict=True)}
 
     def passages(self, document_id: str | None = None) -> Iterator[Passage]:
         """A document's passages in reading order (none when it is unknown), or all in the order they were added."""
@@ -751,37 +392,7 @@ class PassageIndex:
     def stats(self) -> IndexStats:
         """Sizes of the index."""
         passages, documents = self._database.count()
-        size = self._database.size_bytes()
-        if self._path is not None:
-            size = _bytes_in(self._path)
-        return IndexStats(passages, documents, self._encoder.dimension, self._encoder.name, self._kind, size)
-
-
-# One vector `[dimension]` float32 for each passage id.
-_ById: TypeAlias = Mapping[str, Vectors]
-
-
-def _check_search(k: int, where: Mapping[str, object] | None) -> None:
-    if k < 1:
-        raise InputError(f"k is {k}; ask for at least 1 passage")
-    for name, value in (where or {}).items():
-        if name == "document_id" and isinstance(value, str):
-            storable("document id", value)
-
-
-def _bytes_in(directory: Path) -> int:
-    """Bytes of an index's files; one that goes meanwhile, as those that are being written do, has none."""
-    total = 0
-    for name in (DATABASE_FILE, VECTOR_FILE):
-        for file in directory.glob(f"{name}*"):
-            with suppress(FileNotFoundError):
-                total += file.stat().st_size
-    return total
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        # Documents are as private as the files they came from: who may list them is for their owner to widen.
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise PassageIndexError(f"cannot make the index directory {str(path)!r} ({error}); pass another") from error
+        size = self._database.connection.size_bytes() if self._path is None else bytes_in(self._path)
+        return IndexStats(
+            passages, documents, self._encoder.dimension, self._encoder.name, self._vectors.index.kind, size
+        )

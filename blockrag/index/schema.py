@@ -7,13 +7,14 @@ triggers, no views, no generated columns, no indexes on expressions), which is c
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from blockrag.index.files import create_private, make_private, refuse_irregular
 
-__all__ = ["BUSY_SECONDS", "OLDER", "SCHEMA_VERSION", "TABLES", "connect", "schema_problem"]
+__all__ = ["ALL_ENTRIES", "BUSY_SECONDS", "OLDER", "SCHEMA_VERSION", "TABLES", "connect", "schema_problem"]
 
 SCHEMA_VERSION: Final = "2"
 TABLES: Final = {
@@ -47,6 +48,8 @@ TABLES: Final = {
 BUSY_SECONDS: Final = 60.0
 OLDER: Final = "lacks table digest"
 """The schema problem of format 1, which had all but these."""
+ALL_ENTRIES: Final = "SELECT type, name, sql FROM sqlite_master"
+"""What a database consists of: the statement whose results `schema_problem` looks at."""
 
 
 # What keeps SQLite from trusting a file (sqlite.org/security.html, "Untrusted SQLite Database Files").
@@ -95,13 +98,13 @@ def connect(path: Path | None) -> sqlite3.Connection:
     return connection
 
 
-def schema_problem(connection: sqlite3.Connection) -> str | None:
+def schema_problem(entries: Iterable[tuple[str, str, str | None]]) -> str | None:
     """How a database differs from a passage index, e.g. "holds view v"; None when it does not, "" when it is empty.
 
-    Raises:
-        sqlite3.Error: The schema cannot be read.
+    Args:
+        entries: What `ALL_ENTRIES` selects from it.
     """
-    found = {(kind, name): sql for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master")}
+    found = {(kind, name): sql for kind, name, sql in entries}
     if not found:
         return ""
     expected = {(sql.split()[1].lower(), name): sql for name, sql in TABLES.items()}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from blockrag.errors import InputError
-from blockrag.index.database import SUPERSEDED, StoredPassage, encode_metadata
+from blockrag.index.database import SUPERSEDED, StoredPassage
+from blockrag.index.digests import encode_metadata
 from blockrag.index.records import DocumentUpdate
 from blockrag.passage import Passage
 
-__all__ = ["Plan", "check_updates", "plan_document", "storable"]
+__all__ = ["Plan", "additions", "check_updates", "plan_document", "storable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,27 @@ class Plan:
     def changes(self) -> bool:
         """Whether passages come or go."""
         return bool(self.fresh or self.gone)
+
+
+def additions(
+    passages: Sequence[Passage], block_keys: Mapping[str, Sequence[str]] | None, fingerprint: str
+) -> list[DocumentUpdate]:
+    """Passages of any documents, to be added, as one update for each document.
+
+    Raises:
+        InputError: Block keys are given for another passage.
+    """
+    grouped: dict[str, list[Passage]] = {}
+    for passage in passages:
+        grouped.setdefault(passage.document_id, []).append(passage)
+    unknown = set(block_keys or ()) - {passage.id for passage in passages}
+    if unknown:
+        raise InputError(f"block keys are given for passage {min(unknown)!r}, which is not among those added")
+    updates = []
+    for name, group in grouped.items():
+        keys = {passage.id: block_keys[passage.id] for passage in group if block_keys and passage.id in block_keys}
+        updates.append(DocumentUpdate(name, group, block_keys=keys, fingerprint=fingerprint))
+    return updates
 
 
 def plan_document(
