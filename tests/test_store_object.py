@@ -27,6 +27,9 @@ from blockrag.stores.object_backend import ObjectOptions, connect, explain
 
 SIZE = 16_384
 TESTS = str(Path(__file__).parent)
+WRITER = Fingerprint(
+    weights="w", config="c", rope="r", tokenizer="t", template="t", compute_dtype="float32", precision="int8"
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +96,13 @@ def flipped(data: bytes, place: int) -> bytes:
 
 class TestLayout:
     def test_objects_are_where_they_are_said_to_be(self, store, bucket):
-        fingerprint = Fingerprint(
-            weights="w", config="c", rope="r", tokenizer="t", template="t", compute_dtype="float32", precision="int8"
-        )
         store.put(key(1), block(1, SIZE))
-        store.remember_fingerprint(fingerprint)
+        store.remember_fingerprint(WRITER)
         assert store.write_manifest() == 1
         assert names(bucket) == {
             "format.json",
             name_of(1),
-            f"fingerprints/{fingerprint.digest}.json",
+            f"fingerprints/{WRITER.digest}.json",
             "manifest.jsonl",
         }
         assert bytes(obstore.get(bucket, name_of(1)).bytes()) == block(1, SIZE)
@@ -181,6 +181,15 @@ class TestWriteOnce:
                 store.put(key(1), block(1, SIZE))
             assert store.get(key(1)) == block(1, SIZE)
 
+    def test_a_new_store_can_be_made_there_too(self, moto, prefix, bucket, monkeypatch):
+        monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+        for _ in range(2):
+            with closing(open_store(url(moto, prefix))) as store:
+                store.remember_fingerprint(WRITER)
+                store.put(key(1), block(1, SIZE))
+                assert store.fingerprints() == {WRITER.digest: WRITER}
+        assert len(names(bucket)) == 3
+
     def test_two_processes_write_the_same_keys(self, moto, prefix, store):
         code = """
             import sys
@@ -241,6 +250,15 @@ class TestManifest:
         assert store.write_manifest() == 1
         assert f"block {key(2)[:12]}... is left out of the manifest" in caplog.text
 
+    def test_nor_is_an_empty_one_a_fault_of_the_server(self, store, bucket, caplog):
+        store.put(key(1), block(1, SIZE))
+        obstore.delete(bucket, name_of(1))
+        for i in range(8):
+            obstore.put(bucket, name_of(i), b"")
+        assert store.write_manifest() == 0
+        assert caplog.text.count("is left out of the manifest") == 8
+        assert store.stats().failures == 0
+
 
 class TestFaults:
     """Between store and server a connection that stalls, ends, lies or crawls."""
@@ -285,6 +303,21 @@ class TestFaults:
             with pytest.raises(StoreError, match="has not been answering; try again in some seconds"):
                 store.put(key(9), block(9, SIZE))
             assert proxy.connections == connections
+
+    def test_nor_for_fingerprints(self, filled, proxy, prefix):
+        with closing(open_store(url(proxy.port, prefix, deadline=0.3))) as store:
+            proxy.fault = "stall"
+            assert store.get(key(1)) is None
+            with pytest.raises(StoreError, match="has not been answering; try again in some seconds"):
+                store.fingerprints()
+
+    def test_what_cannot_be_asked_for_is_not_said_to_be_deleted(self, filled, proxy, prefix):
+        with closing(open_store(url(proxy.port, prefix, deadline=2))) as store:
+            proxy.fault = "reset"
+            with pytest.raises(StoreError, match="check that it can be reached"):
+                store.delete_many([key(1)])
+            proxy.fault = "none"
+            assert store.get(key(1)) == block(1, SIZE)
 
     def test_a_check_takes_what_cannot_be_read_for_no_damage(self, filled, proxy, prefix, bucket):
         with closing(open_store(url(proxy.port, prefix, deadline=5))) as store:
@@ -490,7 +523,7 @@ class TestDirectory:
 
     def test_deleting_goes_on_when_another_was_faster_with_one(self, local, root):
         local.put(key(2), block(2, SIZE))
-        local._delete([name_of(9), name_of(1), name_of(2)])
+        local._objects.delete([key(9), key(1), key(2)])
         assert list(local.keys()) == []
 
     def test_a_full_disk_is_said_to_be_full(self, root):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from collections.abc import Callable
 from contextlib import closing
 from urllib.parse import quote
 
@@ -141,6 +144,53 @@ def test_no_wrong_block_and_no_exception(store, proxy, fault):
             assert behind.contains_many(wanted) == set()
             with pytest.raises(StoreError, match="has not been answering"):
                 behind.put(key(9), block(9, SIZE))
+
+
+def test_who_waited_in_vain_does_not_wait_for_fingerprints(store, proxy):
+    with closing(open_store(f"redis://127.0.0.1:{proxy.port}?deadline=0.3")) as behind:
+        proxy.fault = "stall"
+        assert behind.get(key(1)) is None
+        with pytest.raises(StoreError, match="has not been answering; try again in some seconds"):
+            behind.fingerprints()
+
+
+def test_what_is_late_is_not_asked_for_again(store, proxy):
+    with closing(open_store(f"redis://127.0.0.1:{proxy.port}?deadline=0.3")) as behind:
+        proxy.fault = "stall"
+        before = proxy.connections
+        assert behind.contains_many([key(1)]) == set()
+        assert proxy.connections == before + 1
+
+
+def test_closing_while_others_use_it_raises_nothing_else(store, port):
+    for i in range(16):
+        store.put(key(i), block(i, 1 << 19))
+
+    def use(call: Callable[[], object]) -> None:
+        try:
+            while True:
+                call()
+        except StoreError:
+            pass
+        except BaseException as error:
+            wrong.append(repr(error))
+
+    wrong: list[str] = []
+    for _ in range(6):
+        shared = open_store(f"redis://127.0.0.1:{port}")
+        calls = [
+            lambda store=shared: list(store.get_many([key(i) for i in range(16)])),
+            lambda store=shared: store.put(key(20), block(20, 1 << 19)),
+            lambda store=shared: store.contains_many(key(i) for i in range(2000)),
+        ]
+        users = [threading.Thread(target=use, args=(call,)) for call in calls]
+        for user in users:
+            user.start()
+        time.sleep(0.1)
+        shared.close()
+        for user in users:
+            user.join()
+    assert wrong == []
 
 
 def test_a_connection_that_the_server_closed_is_made_again(store, raw):

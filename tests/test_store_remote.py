@@ -272,6 +272,59 @@ def test_closing_ends_what_is_being_read(server, connect):
         list(found)
 
 
+def test_closing_ends_what_is_being_asked(server, connect):
+    server.go.clear()
+    remote = connect()
+    threading.Timer(0.2, lambda: (remote.close(), server.go.set())).start()
+    with pytest.raises(StoreError, match="is closed"):
+        remote.ask_each(server.fetch, [key(i) for i in range(40)])
+
+
+def test_nothing_is_asked_after_closing(connect):
+    remote = connect()
+
+    def items():
+        yield from range(1024)
+        remote.close()
+        yield 1024
+
+    with pytest.raises(StoreError, match="is closed"):
+        remote.ask_each(lambda item: True, items())
+
+
+def test_many_questions_do_not_keep_a_reader_waiting(server, connect):
+    server.blocks = {key(1): block(1, 2048)}
+    remote = connect(5)
+    asked, go = threading.Semaphore(0), threading.Event()
+
+    def ask(item: int) -> bool:
+        asked.release()
+        return go.wait(20)
+
+    answers = []
+    asking = threading.Thread(target=lambda: answers.extend(remote.ask_each(ask, range(100))))
+    asking.start()
+    for _ in range(16):
+        assert asked.acquire(timeout=20)
+    assert remote.get(key(1)) == block(1, 2048)
+    go.set()
+    asking.join()
+    assert answers == [True] * 100
+
+
+def test_what_must_be_done_with_each_fails_with_the_reason(connect):
+    def fail(item: int) -> None:
+        if item == 3:
+            raise ConnectionError("gone")
+
+    remote = connect()
+    with pytest.raises(StoreError, match="no: gone") as error:
+        remote.write_each(fail, range(10))
+    assert isinstance(error.value.__cause__, ConnectionError)
+    # What comes after it is refused because of it, and is a failure too.
+    assert remote.stats().failures >= 1
+
+
 @pytest.mark.parametrize("bad", [0, -1, 3601, float("nan"), float("inf")])
 def test_deadlines_are_positive_and_not_endless(connect, bad):
     with pytest.raises(InputError, match="pass more than 0 and at most 3600"):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.fingerprint import check_key
+from blockrag.stores.arguments import byte_view, check_distinct
 from blockrag.stores.pins import Pins
 from blockrag.stores.protocol import StoreStats
 
@@ -22,18 +23,6 @@ if TYPE_CHECKING:
     from blockrag.stores.report import StoreReport
 
 __all__ = ["MemoryStore", "byte_view"]
-
-
-def byte_view(data: bytes | bytearray | memoryview) -> memoryview:
-    """A flat view of the bytes of `data`, for every store's `put`.
-
-    Raises:
-        InputError: `data` is no contiguous byte buffer.
-    """
-    try:
-        return memoryview(data).cast("B")
-    except TypeError as error:
-        raise InputError(f"a store keeps bytes, got {type(data).__name__} ({error}); encode the block first") from None
 
 
 def _can_pin() -> bool:
@@ -110,8 +99,7 @@ class MemoryStore:
         Raises:
             InputError: A key comes twice or is malformed (the latter when its turn comes).
         """
-        if len(set(keys)) != len(keys):
-            raise InputError(f"get_many got {len(keys)} keys, {len(set(keys))} distinct; pass each key once")
+        check_distinct(keys)
         return ((key, self.get(key)) for key in keys)
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:

@@ -12,15 +12,10 @@ never from the URL, which is shown in errors and logs. Without `rediss://` all o
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 from urllib.parse import unquote
 
 import redis
@@ -29,35 +24,25 @@ from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemory
 from redis.retry import Retry
 
 from blockrag.errors import InputError, StoreError, StoreFullError
-from blockrag.fingerprint import Fingerprint, check_key
-from blockrag.stores.memory import byte_view
-from blockrag.stores.remote import DEFAULT_DEADLINE_S, PATIENT_S, WRITE_TIMEOUT_S, Explained, Remote, examine
-from blockrag.stores.urls import parse_store_url, with_parameters
-
-if TYPE_CHECKING:
-    from blockrag.stores.protocol import StoreStats
-    from blockrag.stores.report import StoreReport
+from blockrag.stores.remote import DEFAULT_DEADLINE_S, WRITE_TIMEOUT_S, Explained
+from blockrag.stores.remote_store import RemoteStore, shown_url
+from blockrag.stores.urls import parse_store_url
 
 __all__ = ["RedisStore"]
-
-_LOG = logging.getLogger(__name__)
 
 _PREFIX: Final = "blockrag:1:"
 _FINGERPRINTS: Final = f"{_PREFIX}fingerprints"
 _MAX_VALUE_BYTES: Final = 512 << 20
 _KEYS_AT_ONCE: Final = 512
 _CONNECT_TIMEOUT_S: Final = 5.0
-_FAULTS: Final = (RedisError, OSError)
 _PLACE: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:/@\[\]]+)(?::([0-9]{1,5}))?(?:/([0-9]{1,5})?)?")
 _KEY: Final = re.compile(r"[0-9a-f]{64}")
 _PASSWORD: Final = "BLOCKRAG_REDIS_PASSWORD"
 _USERNAME: Final = "BLOCKRAG_REDIS_USERNAME"
 
 
-class RedisStore:
-    """Encoded blocks in a Redis or Valkey server. Implements `BlockStore`; threads, processes, machines may share it.
-
-    A process that was forked must open the store again.
+class RedisStore(RemoteStore):
+    """Encoded blocks in a Redis or Valkey server. Implements `BlockStore`, see `RemoteStore`.
 
     Args:
         url: `redis://host:port/db`, `rediss://host:port/db` (TLS) or `redis+unix:///path/of/socket`, without
@@ -70,204 +55,22 @@ class RedisStore:
     """
 
     def __init__(self, url: str, *, deadline_s: float = DEFAULT_DEADLINE_S) -> None:
-        self._address, self._base = _address(url)
-        self._deadline_s = deadline_s
-        self._remote = self._traffic(deadline_s)
-        self._hurried = self._client(deadline_s)
-        self._patient = self._client(max(deadline_s, WRITE_TIMEOUT_S))
-        self._asked(self._patient.ping)
+        super().__init__(_RedisServer(url, deadline_s), deadline_s)
 
-    @property
-    def url(self) -> str:
-        """Where the store is, with its deadline, without a password."""
-        deadline = None if self._deadline_s == DEFAULT_DEADLINE_S else float(self._deadline_s)
-        return with_parameters(self._base, {"deadline": deadline})
 
-    def get(self, key: str) -> memoryview | None:
-        """The encoded block over a fresh buffer, or None; what fails, is late or damaged counts as missing.
+class _RedisServer:
+    """What redis-py is asked for. A `Server`."""
 
-        Raises:
-            InputError: A malformed key.
-            StoreError: The store is closed.
-        """
-        return self._remote.get(key)
+    faults = (RedisError, OSError)
+    keys_per_question = _KEYS_AT_ONCE
 
-    def get_many(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
-        """Each of the distinct `keys` with its block or None, in order; up to eight are read ahead, in parallel.
+    def __init__(self, url: str, deadline_s: float) -> None:
+        address, base = _address(url)
+        self.url = shown_url(base, deadline_s, {})
+        self._hurried = _client(address, deadline_s)
+        self._patient = _client(address, max(deadline_s, WRITE_TIMEOUT_S))
 
-        Raises:
-            InputError: A key comes twice or is malformed.
-            StoreError: The store is closed.
-        """
-        return self._remote.get_many(keys)
-
-    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
-        """Store one encoded block, replacing the one under the same key.
-
-        Raises:
-            InputError: A malformed key, or `data` is not bytes.
-            StoreFullError: `data` is larger than any value may be, or the server is out of memory.
-            StoreError: It could not be written, or the store is closed.
-        """
-        name = _PREFIX + check_key(key)
-        view = byte_view(data)
-        if len(view) > _MAX_VALUE_BYTES:
-            raise StoreFullError(
-                f"a block of {len(view)} bytes exceeds Redis's limit of {_MAX_VALUE_BYTES} bytes per value; "
-                "split the passage, or keep such blocks in another store"
-            )
-        self._remote.counted_put(key, lambda _: self._patient.set(name, view))
-
-    def contains_many(self, keys: Iterable[str]) -> set[str]:
-        """The subset of `keys` that is stored; what fails counts as missing.
-
-        Raises:
-            InputError: A malformed key.
-            StoreError: The store is closed.
-        """
-        wanted = iter({check_key(key) for key in keys})
-        portions = iter(lambda: tuple(islice(wanted, _KEYS_AT_ONCE)), ())
-        found: set[str] = set()
-
-        def ask(portion: tuple[str, ...]) -> bool:
-            pipeline = self._hurried.pipeline(transaction=False)
-            for key in portion:
-                pipeline.exists(_PREFIX + key)
-            found.update(key for key, there in zip(portion, pipeline.execute(), strict=True) if there)
-            return True
-
-        self._remote.ask_each(ask, portions)
-        return found
-
-    def delete_many(self, keys: Iterable[str]) -> int:
-        """Remove blocks; returns how many there were.
-
-        Raises:
-            InputError: A malformed key.
-            StoreError: They could not be removed, or the store is closed.
-        """
-        self._remote.check_open()
-        names = iter({_PREFIX + check_key(key) for key in keys})
-        deleted = 0
-        while portion := tuple(islice(names, _KEYS_AT_ONCE)):
-            deleted += self._remote.write(partial(self._unlink, portion))
-        return deleted
-
-    def keys(self) -> Iterator[str]:
-        """The stored keys, scanned while others may write; a key may be missed that comes or goes meanwhile.
-
-        Raises:
-            StoreError: They cannot be listed, or the store is closed.
-        """
-        self._remote.check_open()
-        return self._scan()
-
-    def stats(self) -> StoreStats:
-        """The traffic; blocks and bytes are None, for counting them would scan the server.
-
-        Raises:
-            StoreError: The store is closed.
-        """
-        return self._remote.stats()
-
-    def pinned(self, keys: Iterable[str]) -> AbstractContextManager[None]:
-        """Does nothing: the server alone decides what it evicts."""
-        return nullcontext()
-
-    def remember_fingerprint(self, fingerprint: Fingerprint) -> None:
-        """Note that blocks of this fingerprint are written here.
-
-        Raises:
-            StoreError: It could not be written, or the store is closed.
-        """
-        text = fingerprint.to_json()
-        self._remote.write(lambda: self._patient.hset(_FINGERPRINTS, fingerprint.digest, text))
-
-    def fingerprints(self) -> dict[str, Fingerprint]:
-        """The remembered fingerprints by digest; one that cannot be read is left out and logged.
-
-        Raises:
-            StoreError: They cannot be read, or the store is closed.
-        """
-        self._remote.check_open()
-        found: dict[str, Fingerprint] = {}
-        for name, text in self._asked(partial(self._patient.hgetall, _FINGERPRINTS)).items():
-            try:
-                fingerprint = Fingerprint.from_json(text.decode())
-            except (InputError, UnicodeDecodeError) as error:
-                _LOG.warning("%s: fingerprint %r cannot be read: %s", self.url, name, error)
-                continue
-            if fingerprint.digest.encode() == name:
-                found[fingerprint.digest] = fingerprint
-            else:
-                _LOG.warning("%s: %r holds fingerprint %s; delete it", self.url, name, fingerprint.digest)
-        return found
-
-    def verify(self, *, fix: bool = False) -> StoreReport:
-        """Read and check every block.
-
-        Raises:
-            StoreError: The store cannot be listed, or it is closed.
-        """
-        self._remote.check_open()
-        examined = copy.copy(self)
-        examined._hurried = self._patient
-        examined._remote = examined._traffic(PATIENT_S, checked=False)
-        try:
-            return examine(self, examined, fix=fix)
-        finally:
-            examined._remote.close()
-
-    def close(self) -> None:
-        """Close the connections; closing twice is fine."""
-        self._remote.close()
-        self._hurried.close()
-        self._patient.close()
-
-    def _traffic(self, deadline_s: float, *, checked: bool = True) -> Remote:
-        return Remote(
-            self.url, deadline_s=deadline_s, fetch=self._fetch, faults=_FAULTS, explain=self._explain, checked=checked
-        )
-
-    def _client(self, timeout_s: float) -> redis.Redis:
-        return redis.Redis(
-            **self._address,
-            username=os.environ.get(_USERNAME),
-            password=os.environ.get(_PASSWORD),
-            socket_timeout=timeout_s,
-            socket_connect_timeout=min(timeout_s, _CONNECT_TIMEOUT_S),
-            # Once, for a connection that the server has closed meanwhile.
-            retry=Retry(NoBackoff(), 1),
-        )
-
-    def _fetch(self, key: str) -> memoryview | None:
-        found: Any = self._hurried.get(_PREFIX + key)
-        return None if found is None else memoryview(found)
-
-    def _unlink(self, names: tuple[str, ...]) -> int:
-        removed: Any = self._patient.unlink(*names)
-        return int(removed)
-
-    def _scan(self) -> Iterator[str]:
-        # A scan may say a key twice.
-        seen: set[str] = set()
-        cursor: Any = 0
-        while True:
-            cursor, names = self._asked(partial(self._patient.scan, cursor, match=f"{_PREFIX}*", count=_KEYS_AT_ONCE))
-            for key in {name.decode("ascii", "replace").removeprefix(_PREFIX) for name in names} - seen:
-                if _KEY.fullmatch(key):
-                    seen.add(key)
-                    yield key
-            if cursor == 0:
-                return
-
-    def _asked(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except _FAULTS as error:
-            raise self._explain(error).error from error
-
-    def _explain(self, error: Exception) -> Explained:
+    def explain(self, error: Exception) -> Explained:
         what = f"the store {self.url} failed: {str(error)[:300]}"
         if isinstance(error, OutOfMemoryError):
             hint = "raise the server's maxmemory, or set maxmemory-policy allkeys-lru"
@@ -275,6 +78,64 @@ class RedisStore:
         if isinstance(error, (AuthenticationError, NoPermissionError)):
             return Explained(StoreError(f"{what}; set {_PASSWORD} (and {_USERNAME}) in the environment"), False)
         return Explained(StoreError(f"{what}; check that it can be reached"), not isinstance(error, ResponseError))
+
+    def open(self) -> None:
+        self._patient.ping()
+
+    def fetch(self, key: str, *, patient: bool) -> memoryview | None:
+        found: Any = (self._patient if patient else self._hurried).get(_PREFIX + key)
+        return None if found is None else memoryview(found)
+
+    def put(self, key: str, data: memoryview, *, damaged: bool) -> None:
+        if len(data) > _MAX_VALUE_BYTES:
+            raise StoreFullError(
+                f"a block of {len(data)} bytes exceeds Redis's limit of {_MAX_VALUE_BYTES} bytes per value; "
+                "split the passage, or keep such blocks in another store"
+            )
+        self._patient.set(_PREFIX + key, data)
+
+    def contains(self, keys: Sequence[str]) -> list[str]:
+        pipeline = self._hurried.pipeline(transaction=False)
+        for key in keys:
+            pipeline.exists(_PREFIX + key)
+        return [key for key, there in zip(keys, pipeline.execute(), strict=True) if there]
+
+    def delete(self, keys: Sequence[str]) -> int:
+        removed: Any = self._patient.unlink(*(_PREFIX + key for key in keys))
+        return int(removed)
+
+    def keys(self) -> Iterator[str]:
+        # A scan may say a key twice.
+        seen: set[str] = set()
+        for name in self._patient.scan_iter(f"{_PREFIX}*", count=_KEYS_AT_ONCE):
+            key = name.decode("ascii", "replace").removeprefix(_PREFIX)
+            if key not in seen and _KEY.fullmatch(key):
+                seen.add(key)
+                yield key
+
+    def remember_fingerprint(self, digest: str, text: bytes) -> None:
+        self._patient.hset(_FINGERPRINTS, digest, text)
+
+    def fingerprints(self) -> list[tuple[str, bytes]]:
+        found: Any = self._patient.hgetall(_FINGERPRINTS)
+        return [(name.decode("ascii", "backslashreplace"), text) for name, text in found.items()]
+
+    def close(self) -> None:
+        for client in (self._hurried, self._patient):
+            # Whoever is still using a connection would fall over it; those end with the client.
+            client.connection_pool.disconnect(inuse_connections=False)
+
+
+def _client(address: dict[str, Any], timeout_s: float) -> redis.Redis:
+    return redis.Redis(
+        **address,
+        username=os.environ.get(_USERNAME),
+        password=os.environ.get(_PASSWORD),
+        socket_timeout=timeout_s,
+        socket_connect_timeout=min(timeout_s, _CONNECT_TIMEOUT_S),
+        # Once, for a connection that the server has closed meanwhile. What was late would be late again.
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+    )
 
 
 def _address(url: str) -> tuple[dict[str, Any], str]:

@@ -3,7 +3,8 @@
 Reading never fails: what does not come in time, or comes damaged, is a miss that the caller makes good by computing.
 Writing fails with a `StoreError`, because whoever fills a store must know. Several blocks are read at the same time, a
 bounded number ahead of the consumer, and each is verified by the thread that read it: a network delivers anything
-sooner or later. What is asked of the server, and in which words, is the store's own business.
+sooner or later. Questions (which blocks are there?) have threads of their own, for many may be asked at once, and a
+prompt must not wait behind them. What is asked of the server, and in which words, is the store's own business.
 """
 
 from __future__ import annotations
@@ -15,34 +16,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar, cast
 
 from blockrag import codec
 from blockrag.errors import DamagedBlockError, InputError, StoreError
 from blockrag.fingerprint import check_key
+from blockrag.stores.arguments import check_distinct
 from blockrag.stores.breaker import Breaker
 from blockrag.stores.protocol import StoreStats
-from blockrag.stores.report import Fault, StoreReport, check_blocks
 
-if TYPE_CHECKING:
-    from blockrag.stores.protocol import BlockStore
-
-__all__ = ["DEFAULT_DEADLINE_S", "PATIENT_S", "WRITE_TIMEOUT_S", "Explained", "Remote", "examine", "flaw"]
+__all__ = ["DEFAULT_DEADLINE_S", "WRITE_TIMEOUT_S", "Explained", "Remote", "check_deadline", "flaw"]
 
 _LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 DEFAULT_DEADLINE_S: Final = 2.0
 """Enough for a new TLS connection and ten passages of an 8B model (170 MB) over 1 Gbit/s; what takes longer is usually
 computed sooner on a GPU. Set it to what computing the passages takes."""
 WRITE_TIMEOUT_S: Final = 30.0
 """For one block, as long as the server answers."""
-
-PATIENT_S: Final = 3600.0
-"""The deadline of a check: it is no prompt, and waits; each of its requests has `WRITE_TIMEOUT_S`."""
 
 _READ_AHEAD: Final = 8
 _THREADS: Final = 16
@@ -75,25 +71,15 @@ def flaw(key: str, data: memoryview) -> str | None:
     return None if header.key == key else f"it is block {header.key}"
 
 
-def examine(store: BlockStore, examined: BlockStore, *, fix: bool) -> StoreReport:
-    """`check_blocks` for a store whose blocks may be there and still not come.
-
-    Args:
-        store: The store; damaged blocks are deleted from it.
-        examined: The same store, which hands out damaged blocks and waits for late ones.
-        fix: Whether to delete what is damaged. What could not be read stays.
+def check_deadline(deadline_s: float) -> float:
+    """The deadline, if it is one.
 
     Raises:
-        StoreError: The store cannot be listed, or not be mended.
+        InputError: It is not positive, or endless.
     """
-    report = check_blocks(examined, fix=False)
-    faults = []
-    for fault in report.faults:
-        if fault.kind == "missing":
-            faults.append(Fault("unreadable", fault.where, "is listed, and could not be read"))
-        else:
-            faults.append(replace(fault, fixed=fix and store.delete_many([fault.where]) == 1))
-    return replace(report, faults=tuple(faults))
+    if not 0 < deadline_s <= 3600:
+        raise InputError(f"the deadline is {deadline_s} s; pass more than 0 and at most 3600")
+    return deadline_s
 
 
 class _Request:
@@ -128,10 +114,8 @@ class Remote:
         explain: Callable[[Exception], Explained],
         checked: bool = True,
     ) -> None:
-        if not 0 < deadline_s <= 3600:
-            raise InputError(f"the deadline is {deadline_s} s; pass more than 0 and at most 3600")
         self._name = name
-        self._deadline_s = deadline_s
+        self._deadline_s = check_deadline(deadline_s)
         self._fetch = fetch
         self._faults = faults
         self._explain = explain
@@ -141,15 +125,11 @@ class Remote:
         self._suspects: set[str] = set()
         self._hits = self._misses = self._puts = self._failures = 0
         self._closed = False
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="blockrag-remote")
+        self._readers = ThreadPoolExecutor(_THREADS, thread_name_prefix="blockrag-read")
+        self._askers = ThreadPoolExecutor(_THREADS, thread_name_prefix="blockrag-ask")
 
     def get(self, key: str) -> memoryview | None:
-        """The block, or None; a failure is a miss.
-
-        Raises:
-            InputError: A malformed key.
-            StoreError: The store is closed.
-        """
+        """The block, or None, as in `get_many`."""
         ((_, data),) = self.get_many([key])
         return data
 
@@ -160,28 +140,32 @@ class Remote:
             InputError: A key comes twice or is malformed.
             StoreError: The store is closed.
         """
-        if len(set(keys)) != len(keys):
-            raise InputError(f"get_many got {len(keys)} keys, {len(set(keys))} distinct; pass each key once")
+        check_distinct(keys)
         for key in keys:
             check_key(key)
         return self._read_ahead(keys)
 
-    def ask_each(self, ask: Callable[[T], bool], items: Iterable[T]) -> list[T]:
-        """The items for which the server says yes, asked in parallel; a failure is a no.
+    def ask_each(self, ask: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """What the server answers to each of the items, asked in parallel; a failure is no answer.
 
         Raises:
             StoreError: The store is closed.
         """
-        self.check_open()
-        yes: list[T] = []
-        rest = iter(items)
-        while portion := list(islice(rest, _KEYS_AT_ONCE)):
-            answers = self._pool.map(lambda item: self._attempt(lambda: ask(item)), portion)
-            for item, (said, failed) in zip(portion, answers, strict=True):
-                self._count(failures=failed)
-                if said:
-                    yes.append(item)
-        return yes
+        answers: list[R] = []
+        for answer, failed in self._each(lambda item: self._attempt(lambda: ask(item)), items):
+            if failed:
+                self._count(failures=1)
+            else:
+                answers.append(cast("R", answer))
+        return answers
+
+    def write_each(self, call: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Do with each of the items, in parallel, something that must succeed.
+
+        Raises:
+            StoreError: As in `write`.
+        """
+        return list(self._each(lambda item: self.write(lambda: call(item)), items))
 
     def write(self, call: Callable[[], T]) -> T:
         """Do something that must succeed.
@@ -242,7 +226,8 @@ class Remote:
     def close(self) -> None:
         """Stop; requests under way are let go. Closing twice is fine."""
         self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._readers, self._askers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_ahead(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
         self.check_open()
@@ -276,9 +261,26 @@ class Remote:
                     self._deadline_s,
                 )
 
+    def _each(self, call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        self.check_open()
+        rest = iter(items)
+        while portion := list(islice(rest, _KEYS_AT_ONCE)):
+            with self._may_close():
+                yield from self._askers.map(call, portion)
+
+    @contextmanager
+    def _may_close(self) -> Iterator[None]:
+        """Somebody may close the store meanwhile, which cancels what waits for a thread and refuses what comes."""
+        try:
+            yield
+        except (concurrent.futures.CancelledError, RuntimeError):
+            self.check_open()
+            raise
+
     def _submit(self, key: str) -> _Request:
         request = _Request(key)
-        request.answer = self._pool.submit(self._read, request)
+        with self._may_close():
+            request.answer = self._readers.submit(self._read, request)
         return request
 
     def _read(self, request: _Request) -> tuple[memoryview | None, bool]:
@@ -313,14 +315,12 @@ class Remote:
 
     def _wait(self, request: _Request, patience: float) -> tuple[memoryview | None, bool]:
         try:
-            return request.answer.result(timeout=max(0.0, patience))
+            with self._may_close():
+                return request.answer.result(timeout=max(0.0, patience))
         except concurrent.futures.TimeoutError:
             if self._abandon(request):
                 self._breaker.failed()
             return None, True
-        except concurrent.futures.CancelledError:
-            self.check_open()
-            raise
 
     def _abandon(self, request: _Request) -> bool:
         """Let go of a request; whether the server was at it."""

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.fingerprint import check_key
+from blockrag.stores.arguments import check_distinct
 from blockrag.stores.memory import MemoryStore
 from blockrag.stores.protocol import BlockStore, StoreStats
 from blockrag.stores.remote import flaw
@@ -85,8 +86,7 @@ class TieredStore:
             InputError: A key comes twice or is malformed.
             StoreError: A tier is closed or unusable.
         """
-        if len(set(keys)) != len(keys):
-            raise InputError(f"get_many got {len(keys)} keys, {len(set(keys))} distinct; pass each key once")
+        check_distinct(keys)
         for key in keys:
             check_key(key)
         return self._in_order(keys)
