@@ -28,9 +28,9 @@ from typer.testing import CliRunner, Result
 from blockrag import BlockModel
 from blockrag.cli import app, finetuning
 from blockrag.finetune import plan as planning
+from blockrag.finetune.adapters import with_adapters
 from blockrag.finetune.loss import Reduction
 from blockrag.finetune.rows import Order, Variants
-from blockrag.finetune.run import with_adapters
 from blockrag.finetune.settings import PRESETS, FinetuneSettings, Schedule
 from blockrag.prompt import TEMPLATES
 

@@ -14,10 +14,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from blockrag.finetune import progress
 from blockrag.finetune.collate import collate
 from blockrag.finetune.progress import SaysProgress
+from blockrag.finetune.reading import rows_of
 from blockrag.finetune.rows import Rows
-from blockrag.finetune.run import finetune, rows_of, steps_of, tokens_of
+from blockrag.finetune.run import finetune
 from blockrag.finetune.samples import Branch, Ids, Sample
 from blockrag.finetune.settings import FinetuneSettings
+from blockrag.finetune.steps import steps_of, tokens_of
 from blockrag.model.facts import load_facts
 
 CURRICULUM = FinetuneSettings(variants="block", order="file", steps=3, batch_rows=2, log_steps=1, learning_rate=1e-4)

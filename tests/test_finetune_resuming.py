@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny_training import rag_lines, save_tiny, write_data
 
 from blockrag.errors import InputError
-from blockrag.finetune.run import Finetuned, finetune, last_checkpoint
+from blockrag.finetune.resuming import last_checkpoint
+from blockrag.finetune.run import Finetuned, finetune
 from blockrag.finetune.settings import PRESETS, FinetuneSettings
 from blockrag.prompt import TEMPLATES
 

@@ -27,7 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from blockrag.errors import BlockRAGError, DataError, InputError, MissingDependencyError
 from blockrag.finetune import saving
-from blockrag.finetune.run import Finetuned, finetune, training_template
+from blockrag.finetune.facts import training_template
+from blockrag.finetune.run import Finetuned, finetune
 from blockrag.finetune.settings import PRESETS, FinetuneSettings
 from blockrag.model.block_model import BlockModel
 from blockrag.model.facts import BlockAttentionFacts, NotBlockFineTunedWarning, load_facts
@@ -478,6 +479,17 @@ def test_what_is_not_installed_is_named(
     with pytest.raises(MissingDependencyError, match=rf"needs {package}; run: pip install 'blockrag\[finetune\]'"):
         finetune(base / "model", [base / "train.jsonl"], tmp_path / "out", replace(QUICK, lora_rank=rank), device="cpu")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_muon_is_refused_where_matrices_are_cut(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what `accelerate launch` sets for FSDP; a variable that says no says nothing."""
+    muon = replace(QUICK, steps=1, optimizer="muon")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"optimizer='muon' needs whole matrices.*use 'adamw' there"):
+        finetune(base / "model", [base / "train.jsonl"], tmp_path / "out", muon, device="cpu")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert finetune(base / "model", [base / "train.jsonl"], tmp_path / "out", muon, device="cpu").steps == 1
 
 
 @pytest.mark.parametrize(("steps", "log_steps", "save_steps"), [(3, 1, 0), (3, 50, 0), (3, 50, 2)])

@@ -18,7 +18,7 @@ from tiny_training import PREFIXED, every_kind, rag_line, rag_lines, samples_fro
 
 from blockrag.errors import DataError
 from blockrag.finetune.data.lines import BlocksLine, ChatLine, Line
-from blockrag.finetune.run import read_samples
+from blockrag.finetune.reading import read_samples
 from blockrag.finetune.samples import Branch, Ids, Sample, fitted
 from blockrag.model.block_model import BlockModel
 from blockrag.model.facts import BlockAttentionFacts

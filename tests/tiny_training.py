@@ -11,7 +11,7 @@ from tiny_tokenizers import plain_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from blockrag.finetune.data.lines import BlocksLine, Candidate, ChatLine, Line, Question, RagLine, write_lines
-from blockrag.finetune.run import read_samples
+from blockrag.finetune.reading import read_samples
 from blockrag.finetune.samples import Sample
 from blockrag.passage import Passage
 from blockrag.prompt import TEMPLATES, PromptTemplate

@@ -22,7 +22,8 @@ from blockrag.errors import InputError
 
 if TYPE_CHECKING:
     from blockrag.finetune.plan import Plan
-    from blockrag.finetune.run import Finetuned, TooLong
+    from blockrag.finetune.reading import TooLong
+    from blockrag.finetune.run import Finetuned
     from blockrag.finetune.settings import FinetuneSettings
     from blockrag.prompt import PromptTemplate
 
@@ -358,7 +359,7 @@ def _told_how_to_resume(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from blockrag.finetune.run import last_checkpoint
+        from blockrag.finetune.resuming import last_checkpoint
 
         kept = last_checkpoint(output)
         raise KeyboardInterrupt(

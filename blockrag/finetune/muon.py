@@ -7,12 +7,34 @@ matrices alone. Embeddings, the output projection, norms and biases go to AdamW,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-__all__ = ["MuonWithAdamW"]
+from blockrag.errors import InputError, MissingDependencyError
+from blockrag.finetune.placing import is_shared_out
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from blockrag.finetune.settings import FinetuneSettings
+
+__all__ = ["MuonWithAdamW", "muon_of"]
+
+
+def muon_of(model: nn.Module, arguments: TrainingArguments, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """Muon, where every process has whole matrices.
+
+    Raises:
+        InputError: The weights are shared out over processes.
+        MissingDependencyError: This torch has no Muon.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise MissingDependencyError(f"torch {torch.__version__} has no Muon; run: pip install 'torch>=2.9'")
+    if is_shared_out(arguments):
+        raise InputError("optimizer='muon' needs whole matrices, and FSDP or DeepSpeed cuts them; use 'adamw' there")
+    return MuonWithAdamW(model, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from blockrag.finetune.adapters import with_adapters
+from blockrag.finetune.facts import training_template
+from blockrag.finetune.placing import train_dtype
+from blockrag.finetune.reading import TooLong, read_samples, rows_of
 from blockrag.finetune.rows import Rows
-from blockrag.finetune.run import (
-    TooLong,
-    read_samples,
-    rows_of,
-    steps_of,
-    train_dtype,
-    training_template,
-    with_adapters,
-)
 from blockrag.finetune.settings import FinetuneSettings
+from blockrag.finetune.steps import steps_of
 from blockrag.model.loading import load_tokenizer, load_without_weights, resolve_device
 from blockrag.model.profile import positions_of
 

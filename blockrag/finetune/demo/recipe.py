@@ -21,7 +21,8 @@ from blockrag.demo.contexts import real_facts
 from blockrag.demo.untrained import Shape, save_untrained
 from blockrag.finetune.data.lines import write_lines
 from blockrag.finetune.demo.lines import BATCH_ROWS, block_lines, curriculum_lines, unseen_lines
-from blockrag.finetune.run import finetune, last_checkpoint
+from blockrag.finetune.resuming import last_checkpoint
+from blockrag.finetune.run import finetune
 from blockrag.finetune.saving import CHECKPOINTS
 from blockrag.finetune.settings import FinetuneSettings
 
