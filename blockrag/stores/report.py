@@ -124,4 +124,7 @@ def merged(report: StoreReport, faults: Iterable[Fault]) -> StoreReport:
 
 
 def _fault(store: BlockStore, kind: FaultKind, key: str, message: str, *, fix: bool) -> Fault:
-    return Fault(kind, key, message, fixed=fix and store.delete_many([key]) == 1)
+    if fix:
+        # Where somebody else has deleted it, nothing is wrong any more either.
+        store.delete_many([key])
+    return Fault(kind, key, message, fixed=fix)

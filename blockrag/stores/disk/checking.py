@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
 
-from blockrag.stores.disk.directory import FINGERPRINTS, REBUILDING, SINGLE_FILES
+from blockrag.stores.disk.directory import FINGERPRINTS, REBUILDING, SINGLE_FILES, only_writer
 from blockrag.stores.disk.fingerprint_files import FingerprintFiles
 from blockrag.stores.disk.index import DBNAME, Discard, Index, chunks
 from blockrag.stores.disk.rebuilding import clear, is_abandoned
@@ -45,6 +45,7 @@ class Checked:
         fingerprints: What wrote into it.
         files: The calls that may fail.
         write: Opens a write transaction.
+        drop: Deletes the block of a row, if that is its row still.
     """
 
     store: BlockStore
@@ -53,6 +54,7 @@ class Checked:
     fingerprints: FingerprintFiles
     files: StoreFiles
     write: Callable[[], AbstractContextManager[Discard]]
+    drop: Callable[[Row], None]
 
 
 def verify(checked: Checked, *, fix: bool) -> StoreReport:
@@ -64,11 +66,13 @@ def verify(checked: Checked, *, fix: bool) -> StoreReport:
         StoreError: The same, from the check of the blocks.
     """
     foreign = _foreign_rows(checked)
-    faults = [Fault("foreign", f"row {rowid}", message, fixed=fix) for rowid, message in foreign]
+    faults = [Fault("foreign", f"row {rowid}", message, fixed=fix) for rowid, _, message in foreign]
     if fix and foreign:
-        # What such a row names may be another row's file; if it is nobody's, it is swept.
         with checked.write() as discard:
-            checked.index.drop([(rowid, None) for rowid, _ in foreign], discard)
+            # A block may have been written over it since, or in its place. What such a row names may be another row's
+            # file; if it is nobody's, it is swept.
+            left = [(rowid, None) for rowid, row, _ in foreign if checked.index.row_at(rowid) == row]
+            checked.index.drop(left, discard)
     blocks = _SoundBlocks(checked)
     report = check_blocks(cast("BlockStore", blocks), fix=fix)
     faults += blocks.unreadable
@@ -116,8 +120,17 @@ class _SoundBlocks:
 
     def __init__(self, checked: Checked) -> None:
         self._index = checked.index
-        self.url, self.delete_many = checked.store.url, checked.store.delete_many
+        self._drop = checked.drop
+        self.url = checked.store.url
         self.unreadable: list[Fault] = []
+        # The row that a block was last read from, for the one that is being judged and those that were gone.
+        self._rows: dict[str, Row] = {}
+
+    def delete_many(self, keys: Sequence[str]) -> int:
+        """Delete blocks as they were read last: whoever met a damaged one may have replaced it since."""
+        for key in keys:
+            self._drop(self._rows[key])
+        return len(keys)
 
     def get_many(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
         """Each key that has a row with its block, or None where the row's file is gone."""
@@ -134,7 +147,10 @@ class _SoundBlocks:
                 if value is None and self._index.values.length(row.filename or "") == row.size:
                     self.unreadable.append(Fault("unreadable", key, f"{row.filename} cannot be read, see the log"))
                 else:
+                    self._rows[key] = row
                     yield key, value
+                    if value is not None:
+                        del self._rows[key]
                 del value
 
     def _read(self, row: Row, buffer: Buffer) -> memoryview | None:
@@ -144,32 +160,33 @@ class _SoundBlocks:
         return None if opened is None else self._index.values.read(opened, buffer)
 
     def keys(self) -> Iterator[str]:
-        """The keys of the rows that are sound, and whose key no other row has."""
+        """The keys of the rows that are sound, and whose key no unsound row has; each once."""
         unsound: set[object] = set()
-        sound: list[str] = []
+        # A block that is deleted and written again meanwhile comes twice.
+        sound: dict[str, None] = {}
         for rows in self._index.every(COLUMNS):
             for _, *columns in rows:
                 row = Row(*columns)
                 if row.sound and (row.filename is None or self._index.values.is_safe(row.filename)):
-                    sound.append(row.key)
+                    sound[row.key] = None
                 else:
                     unsound.add(row.key)
         return (key for key in sound if key not in unsound)
 
 
-def _foreign_rows(checked: Checked) -> list[tuple[int, str]]:
-    """Id and fault of each row that the store would refuse, or that shares its file with another."""
-    found: list[tuple[int, str]] = []
+def _foreign_rows(checked: Checked) -> list[tuple[int, Row, str]]:
+    """Id, content and fault of each row that the store would refuse, or that shares its file with another."""
+    found: list[tuple[int, Row, str]] = []
     owners: dict[str, int] = {}
     for rows in checked.index.every(COLUMNS):
         for rowid, *columns in rows:
             row = Row(*columns)
             if not row.sound:
-                found.append((rowid, f"blockrag never writes such a row: {row}"))
+                found.append((rowid, row, f"blockrag never writes such a row: {row}"))
             elif row.filename is not None and not checked.index.values.is_safe(row.filename):
-                found.append((rowid, f"names {row.filename}, which is not a regular file of this directory"))
+                found.append((rowid, row, f"names {row.filename}, which is not a regular file of this directory"))
             elif row.filename is not None and owners.setdefault(row.filename, rowid) != rowid:
-                found.append((rowid, f"names the file of row {owners[row.filename]}, {row.filename}"))
+                found.append((rowid, row, f"names the file of row {owners[row.filename]}, {row.filename}"))
     return found
 
 
@@ -177,8 +194,10 @@ def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
     before = time.time() - GRACE_S
     found = strays(checked.root, checked.index, checked.files, before=before, remove=False)
     if found:
-        # A file whose block is evicted or replaced just now is gone in a moment.
-        time.sleep(_MOMENT_S)
+        # A file whose block is evicted, deleted or replaced just now is gone once that is done, or in a moment: who has
+        # no budget takes no turns.
+        with only_writer(checked.root, checked.files):
+            time.sleep(_MOMENT_S)
         again = strays(checked.root, checked.index, checked.files, before=before, remove=fix)
         for name in set(found).intersection(again):
             yield Fault("stray", name, "no row names it; its writer was killed", fixed=fix)
@@ -188,7 +207,10 @@ def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
         yield Fault("stray", name, "its writer was killed", fixed=fix)
     if is_abandoned(checked.root, checked.files, before=before):
         if fix:
-            clear(f"{checked.root}/{REBUILDING}", checked.files)
+            with only_writer(checked.root, checked.files):
+                # Somebody may have removed it, or begun another.
+                if is_abandoned(checked.root, checked.files, before=before):
+                    clear(f"{checked.root}/{REBUILDING}", checked.files)
         yield Fault("stray", REBUILDING, "an index that was not finished", fixed=fix)
 
 
@@ -208,7 +230,7 @@ def _totals(checked: Checked, *, fix: bool) -> list[Fault]:
 def _fingerprints(checked: Checked, *, fix: bool) -> Iterator[Fault]:
     for name, message in list(checked.fingerprints.faults()):
         if fix:
-            checked.fingerprints.remove(name)
+            checked.fingerprints.remove_faulty(name)
         yield Fault("damaged", name, message, fixed=fix)
 
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from blockrag.errors import InputError, UnsafeStoreError
 from blockrag.fingerprint import Fingerprint
-from blockrag.stores.disk.directory import FINGERPRINTS, create
+from blockrag.stores.disk.directory import FINGERPRINTS, create, only_writer
 from blockrag.stores.files import StoreFiles
 
 __all__ = ["FingerprintFiles"]
@@ -38,6 +38,7 @@ class FingerprintFiles:
     """
 
     def __init__(self, root: str, files: StoreFiles) -> None:
+        self._root = root
         self._directory = f"{root}/{FINGERPRINTS}"
         self._files = files
         self._remembered: set[str] = set()
@@ -47,6 +48,7 @@ class FingerprintFiles:
 
         Raises:
             OSError: It cannot be written.
+            StoreError: Another process keeps the writers' lock.
             UnsafeStoreError: The directory is none, or a link.
         """
         digest = fingerprint.digest
@@ -59,7 +61,8 @@ class FingerprintFiles:
             unfinished = f"{self._directory}/{name}.{os.urandom(8).hex()}"
             try:
                 create(unfinished, fingerprint.to_json().encode(), self._files)
-                self._files.rename(unfinished, f"{self._directory}/{name}")
+                with only_writer(self._root, self._files):
+                    self._files.rename(unfinished, f"{self._directory}/{name}")
             except BaseException:
                 with contextlib.suppress(OSError):
                     self._files.remove(unfinished)
@@ -86,7 +89,7 @@ class FingerprintFiles:
     def faults(self) -> Iterator[tuple[str, str]]:
         """(file name within the store, what is wrong with it) of each file that `read` leaves out."""
         for name in self._names():
-            if _NAME.fullmatch(name) and (fault := self._fault(name)) is not None:
+            if _NAME.fullmatch(name) and (fault := self._fault(name)) is not None and self._exists(name):
                 yield f"{FINGERPRINTS}/{name}", fault
 
     def unfinished(self, before: float) -> Iterator[str]:
@@ -98,9 +101,22 @@ class FingerprintFiles:
                     yield f"{FINGERPRINTS}/{name}"
 
     def remove(self, name: str) -> None:
-        """Remove what `faults` or `unfinished` named, unless somebody else has."""
+        """Remove what `unfinished` named, unless somebody else has."""
         with contextlib.suppress(FileNotFoundError):
             self._files.remove(f"{self._directory}/{name.removeprefix(FINGERPRINTS + '/')}")
+
+    def remove_faulty(self, name: str) -> None:
+        """Remove what `faults` named, unless it is sound by now; it is written again when it is remembered again.
+
+        Raises:
+            OSError: It cannot be removed.
+            StoreError: Another process keeps the writers' lock.
+        """
+        file = name.removeprefix(f"{FINGERPRINTS}/")
+        self._remembered.discard(file.removesuffix(".json"))
+        with only_writer(self._root, self._files):
+            if self._fault(file) is not None:
+                self.remove(name)
 
     def foreign(self) -> Iterator[str]:
         """Names within the store of what is not from here."""
@@ -114,6 +130,13 @@ class FingerprintFiles:
             return sorted(self._files.names(self._directory))
         except FileNotFoundError:
             return []
+
+    def _exists(self, name: str) -> bool:
+        try:
+            self._files.status_of(f"{self._directory}/{name}")
+        except FileNotFoundError:
+            return False
+        return True
 
     def _check_directory(self) -> None:
         if not stat.S_ISDIR(self._files.status_of(self._directory).st_mode):

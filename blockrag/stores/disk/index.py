@@ -22,7 +22,7 @@ import diskcache
 from diskcache.core import DBNAME, DEFAULT_SETTINGS, METADATA
 
 from blockrag.errors import UnsafeStoreError
-from blockrag.stores.disk.rows import Row
+from blockrag.stores.disk.rows import COLUMNS, Row
 from blockrag.stores.disk.values import SafeDisk
 from blockrag.stores.files import StoreFiles
 
@@ -160,6 +160,11 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         """
         query = f"SELECT key, raw, mode, size, filename, value FROM Cache WHERE key IN ({marks(keys)})"
         return {row.key: row for row in (Row(*columns).checked() for columns in self.execute(query, keys))}
+
+    def row_at(self, rowid: int) -> Row | None:
+        """The row of an id, unchecked, without the bytes of its value."""
+        found = self.execute(f"SELECT {COLUMNS} FROM Cache WHERE rowid = ?", (rowid,)).fetchone()
+        return None if found is None else Row(*found)
 
     def every(self, columns: str) -> Iterator[list[tuple[Any, ...]]]:
         """Some columns of all rows, the row's id first, some rows at a time, so that rows may be changed in between.

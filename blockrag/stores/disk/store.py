@@ -178,23 +178,29 @@ class DiskStore:
             StoreError: The store is closed, cannot be written, or its index is damaged.
         """
         with self._translated("write to"), self._alone():
-            return sum(self._delete(chunk) for chunk in chunks({check_key(key) for key in keys}))
+            some = chunks({check_key(key) for key in keys})
+            return sum(self._delete(f"key IN ({marks(chunk)})", chunk) for chunk in some)
 
     def keys(self) -> Iterator[str]:
-        """All keys in the index, in the order in which they were first stored.
+        """All keys in the index, each once, in the order in which they were first stored.
 
         Raises:
             UnsafeStoreError: A row is one blockrag never writes.
             StoreError: The store is closed, or its index is damaged.
         """
         every = self._index.every(COLUMNS)
+        # A block that is deleted and written again meanwhile is met twice.
+        seen: set[str] = set()
         while True:
             with self._translated("read"):
                 rows = next(every, None)
             if rows is None:
                 return
             for _, *columns in rows:
-                yield Row(*columns).checked().key
+                key = Row(*columns).checked().key
+                if key not in seen:
+                    seen.add(key)
+                    yield key
 
     def stats(self) -> StoreStats:
         """Counters: contents as all processes see them, traffic of this object.
@@ -259,7 +265,7 @@ class DiskStore:
                 rebuild_index(self._root, files=self._files)
                 self._index = self._open_index()
                 faults = [replace(fault, fixed=True) for fault in faults]
-            checked = Checked(self, self._root, self._index, self._fingerprints, self._files, self._write)
+            checked = Checked(self, self._root, self._index, self._fingerprints, self._files, self._write, self._drop)
             return merged(verify(checked, fix=fix), faults)
 
     def sweep(self, *, older_than_s: float = 3600.0) -> int:
@@ -416,11 +422,18 @@ class DiskStore:
             return 0
         return make_room(self._index, discard, key, size, max_bytes=self._max_bytes, pins=self._pins)
 
-    def _delete(self, keys: Sequence[str]) -> int:
-        query = f"SELECT rowid, filename FROM Cache WHERE raw = 1 AND key IN ({marks(keys)})"
+    def _drop(self, row: Row) -> None:
+        """Delete the block of a row, unless it was replaced since that was read."""
+        which = "key = ? AND mode = ? AND size = ? AND filename IS ? AND value IS ?"
+        with self._alone():
+            self._delete(which, (row.key, row.mode, row.size, row.filename, row.value))
+
+    def _delete(self, which: str, values: Sequence[object]) -> int:
+        """Delete the rows that a condition holds for, with their files; it is the caller's turn."""
+        query = f"SELECT rowid, filename FROM Cache WHERE raw = 1 AND {which}"
         try:
             with self._write() as discard:
-                rows = self._index.execute(query, keys).fetchall()
+                rows = self._index.execute(query, values).fetchall()
                 self._index.drop(rows, discard)
             return len(rows)
         except FAILURES as error:
@@ -428,11 +441,11 @@ class DiskStore:
                 raise
         # On a full disk the transaction has no room either. Removing the files first makes some; should it fail again,
         # their rows read as missing blocks.
-        for _, filename in self._index.execute(query, keys).fetchall():
+        for _, filename in self._index.execute(query, values).fetchall():
             if filename is not None:
                 self._index.values.remove(filename)
         with self._write() as discard:
-            rows = self._index.execute(query, keys).fetchall()
+            rows = self._index.execute(query, values).fetchall()
             self._index.drop(rows, discard)
         return len(rows)
 
