@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -142,6 +143,84 @@ class TestWriting:
             # Computed it was: the next prompt of this process has it all the same.
             assert store.get(key(1)) == block(1, 2 * SIZE)
             assert store.contains_many([key(1)]) == set()
+
+
+class Interrupted(MemoryStore):
+    """A tier in which something else happens, once, after a block was read or removed."""
+
+    after_get = after_delete = None
+
+    def get(self, key):
+        data = super().get(key)
+        happens, self.after_get = self.after_get, None
+        if happens is not None:
+            happens()
+        return data
+
+    def delete_many(self, keys):
+        count = super().delete_many(keys)
+        happens, self.after_delete = self.after_delete, None
+        if happens is not None:
+            happens()
+        return count
+
+
+class TestAtTheSameTime:
+    @pytest.fixture
+    def tiers(self):
+        return [Interrupted() for _ in range(3)]
+
+    @pytest.fixture
+    def store(self, tiers):
+        with closing(TieredStore(tiers)) as store:
+            yield store
+
+    @pytest.mark.parametrize("place", [1, 2])
+    @pytest.mark.parametrize("many", [False, True])
+    def test_what_is_deleted_while_it_is_read_does_not_come_back(self, store, tiers, place, many):
+        for i in range(3):
+            tiers[place].put(key(i), block(i, SIZE))
+        tiers[place].after_get = lambda: store.delete_many([key(1)])
+        wanted = [key(1), key(2)]
+        found = dict(store.get_many(wanted)) if many else {name: store.get(name) for name in wanted}
+        assert found == {key(1): block(1, SIZE), key(2): block(2, SIZE)}
+        assert sorted(store.keys()) == sorted([key(0), key(2)])
+        # What was not deleted has been put above all the same.
+        assert list(tiers[0].keys()) == [key(2)]
+        store.put(key(1), block(1, SIZE))
+        assert store.get(key(1)) == block(1, SIZE)
+        assert tiers[0].contains_many([key(1)]) == {key(1)}
+
+    @pytest.mark.parametrize("place", range(3))
+    def test_what_is_put_while_it_is_deleted_is_below_if_it_is_anywhere(self, store, tiers, place):
+        store.put(key(1), block(1, SIZE))
+        tiers[place].after_delete = lambda: store.put(key(1), block(1, SIZE))
+        store.delete_many([key(1)])
+        assert store.contains_many([key(1)]) == set(store.keys())
+
+    def test_threads_that_read_write_and_delete_leave_nothing_above_that_is_not_below(self, tmp_path):
+        tiers = [MemoryStore(), DiskStore(tmp_path / "d"), open_store("memory:///")]
+        with closing(TieredStore(tiers)) as store:
+            numbers = range(4)
+
+            def read() -> None:
+                for _ in range(40):
+                    for number, (_, data) in zip(numbers, store.get_many([key(i) for i in numbers]), strict=True):
+                        assert data is None or data == block(number, SIZE)
+
+            def write() -> None:
+                for i in range(40):
+                    store.put(key(i % 4), block(i % 4, SIZE))
+
+            def delete() -> None:
+                for i in range(60):
+                    store.delete_many([key(i % 4)])
+
+            with ThreadPoolExecutor(5) as threads:
+                for done in [threads.submit(call) for call in (read, read, write, delete, delete)]:
+                    done.result()
+            there = store.contains_many(key(i) for i in numbers)
+            assert there == set(store.keys())
 
 
 class TestContents:

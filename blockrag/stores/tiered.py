@@ -9,6 +9,9 @@ written to all of them. The last tier is the store, the others are caches of it:
   `tiers`.
 - An upper tier that refuses a block (it is full, its disk fails) costs only the reuse, and is logged. A block that the
   last tier refuses is an error, after the others have taken it.
+- What is written goes to the last tier at the end, and what is deleted is deleted there first, so that two threads that
+  do both leave nothing above that is not below. A block that is deleted while it is read is not put above, or taken
+  back: it would be handed out for as long as it lies there.
 
 A copy that comes from anything but memory is verified before it is handed on: one that is damaged is looked for in the
 tiers below, and replaced by what is found there. That is one checksum more than the model's own, 0.02 ms a megabyte
@@ -61,6 +64,8 @@ class TieredStore:
         self._lock = threading.Lock()
         # Blocks that were looked for in a tier by `contains_many`, and are none of its own misses therefore.
         self._passed: Counter[int] = Counter()
+        # For each running read the keys that were deleted since it began.
+        self._reads: dict[int, set[str]] = {}
         self._hits = self._misses = self._puts = self._failures = 0
 
     @property
@@ -75,7 +80,9 @@ class TieredStore:
             InputError: A malformed key.
             StoreError: A tier is closed or unusable.
         """
-        data = self._get_from(0, check_key(key))
+        check_key(key)
+        with self._reading() as deleted:
+            data = self._get_from(0, key, deleted)
         self._count(hits=data is not None, misses=data is None)
         return data
 
@@ -127,6 +134,7 @@ class TieredStore:
             found.update(tier.contains_many(wanted))
             tier.delete_many(wanted)
 
+        self._tell_reads(wanted)
         self._each(delete)
         return len(found)
 
@@ -216,15 +224,16 @@ class TieredStore:
         by_tier = [[key for key in keys if first[key] == place] for place in range(len(self._tiers))]
         found = [tier.get_many(mine) for tier, mine in zip(self._tiers, by_tier, strict=True)]
         with ExitStack() as stack:
+            deleted = stack.enter_context(self._reading())
             # Blocks from below must not push out those that are still to be read.
             for tier, mine in zip(self._tiers, by_tier, strict=True):
                 stack.enter_context(tier.pinned(mine))
             for key in keys:
                 place = first[key]
                 _, data = next(found[place])
-                data = self._accepted(place, key, data)
+                data = self._accepted(place, key, data, deleted)
                 if data is None and place < self._last:
-                    data = self._get_from(place + 1, key)
+                    data = self._get_from(place + 1, key, deleted)
                 self._count(hits=data is not None, misses=data is None)
                 yield key, data
                 # Not to be alive when the next one is read: its memory is used again.
@@ -242,15 +251,32 @@ class TieredStore:
                 self._passed[place] += len(rest)
         return first
 
-    def _get_from(self, first: int, key: str) -> memoryview | None:
+    @contextmanager
+    def _reading(self) -> Iterator[set[str]]:
+        """For as long as something is read; what is deleted meanwhile is added to the set."""
+        deleted: set[str] = set()
+        with self._lock:
+            self._reads[id(deleted)] = deleted
+        try:
+            yield deleted
+        finally:
+            with self._lock:
+                del self._reads[id(deleted)]
+
+    def _tell_reads(self, deleted: set[str]) -> None:
+        with self._lock:
+            for known in self._reads.values():
+                known |= deleted
+
+    def _get_from(self, first: int, key: str, deleted: set[str]) -> memoryview | None:
         for place in range(first, len(self._tiers)):
-            data = self._accepted(place, key, self._tiers[place].get(key))
+            data = self._accepted(place, key, self._tiers[place].get(key), deleted)
             if data is not None:
                 return data
         return None
 
-    def _accepted(self, place: int, key: str, data: memoryview | None) -> memoryview | None:
-        """A block that a tier has brought, if it is sound; the tiers above get it."""
+    def _accepted(self, place: int, key: str, data: memoryview | None, deleted: set[str]) -> memoryview | None:
+        """A block that a tier has brought, if it is sound; the tiers above get it unless it was deleted meanwhile."""
         if data is None:
             return None
         tier = self._tiers[place]
@@ -259,6 +285,12 @@ class TieredStore:
             self._count(failures=1)
             return None
         self._put_above(place, key, data)
+        # Asked for afterwards: who deletes it from now on finds it above.
+        if key in deleted:
+            # Somebody may have found it there, and be about to put it higher.
+            self._tell_reads({key})
+            for above in self._tiers[:place]:
+                _forgiven(above, lambda above: above.delete_many([key]))
         return data
 
     def _put_above(self, place: int, key: str, data: bytes | bytearray | memoryview) -> None:
@@ -268,9 +300,9 @@ class TieredStore:
                 _forgiven(tier, lambda tier: tier.delete_many([key]))
 
     def _each(self, call: Callable[[BlockStore], object]) -> None:
-        """Call for every tier, and raise the first error when all have had their turn."""
+        """Call for every tier, the last one first, and raise the first error when all have had their turn."""
         errors = []
-        for tier in self._tiers:
+        for tier in reversed(self._tiers):
             try:
                 call(tier)
             except StoreError as error:
