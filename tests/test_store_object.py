@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -487,6 +489,25 @@ class TestDirectory:
         with pytest.raises(StoreError, match="is neither empty nor a store; choose another directory"):
             open_store(f"file://{tmp_path}")
         assert tmp_path.stat().st_mode == mode
+
+    def test_many_may_make_it_at_the_same_time(self, tmp_path):
+        def make(root: Path, number: int) -> None:
+            started.wait()
+            with closing(open_store(f"file://{root}")) as store:
+                store.put(key(number), block(number, SIZE))
+
+        for attempt in range(20):
+            root, started = tmp_path / str(attempt), threading.Barrier(8)
+            with ThreadPoolExecutor(8) as threads:
+                for done in [threads.submit(make, root, number) for number in range(8)]:
+                    done.result()
+
+    def test_who_was_killed_while_making_it_does_not_spoil_it(self, root):
+        root.mkdir()
+        (root / "format.json#1").write_bytes(b"")
+        with closing(open_store(f"file://{root}")) as store:
+            store.put(key(1), block(1, SIZE))
+            assert store.verify().ok
 
     def test_a_path_that_is_a_file_is_refused(self, tmp_path):
         (tmp_path / "file").write_text("x")

@@ -31,7 +31,9 @@ class ObjectDirectory:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.root = Path(os.path.realpath(path))
-            if not (self.root / marker).is_file() and any(self.root.iterdir()):
+            # Where somebody else is just making it, the marker comes first, but for the file that obstore stages it in.
+            others = any(not path.name.startswith(f"{marker}#") for path in self.root.iterdir())
+            if others and not (self.root / marker).is_file():
                 raise StoreError(f"{path} is neither empty nor a store; choose another directory")
             self.root.chmod(0o700)
         except OSError as error:

@@ -106,9 +106,9 @@ class ObjectServer:
         if identity is None or not (self._create(name, data) or self._same(key, data, identity)):
             self.overwrite(name, data)
 
-    def contains(self, keys: Sequence[str]) -> list[str]:
+    def contains(self, keys: Sequence[str], *, patient: bool) -> list[str]:
         """Those that are there, one small request for each."""
-        return [key for key in keys if self._exists(_block_name(key))]
+        return [key for key in keys if self._exists(_block_name(key), patient=patient)]
 
     def delete(self, keys: Sequence[str]) -> int:
         """Remove blocks; whether they were there is not known, and not asked."""
@@ -124,7 +124,7 @@ class ObjectServer:
 
     def keys(self) -> Iterator[str]:
         """The keys of all blocks."""
-        return iter(key for name, _ in self.listed("blocks") if (key := key_of(name)) is not None)
+        return (key for name, _ in self.listed("blocks") if (key := key_of(name)) is not None)
 
     def remember_fingerprint(self, digest: str, text: bytes) -> None:
         """Keep a fingerprint's text; it says the same whoever writes it."""
@@ -149,7 +149,7 @@ class ObjectServer:
     def read(self, name: str, *, patient: bool = True) -> memoryview | None:
         """An object, or None."""
         try:
-            return memoryview(obstore.get(self._patient if patient else self._hurried, self._safe(name)).bytes())
+            return memoryview(obstore.get(self._client(patient), self._safe(name)).bytes())
         except FileNotFoundError:
             return None
 
@@ -163,9 +163,12 @@ class ObjectServer:
         self._ensure_format()
         self._write(name, data)
 
-    def _exists(self, name: str) -> bool:
+    def _client(self, patient: bool) -> Any:
+        return self._patient if patient else self._hurried
+
+    def _exists(self, name: str, *, patient: bool) -> bool:
         try:
-            obstore.head(self._hurried, self._safe(name))
+            obstore.head(self._client(patient), self._safe(name))
         except FileNotFoundError:
             return False
         return True

@@ -67,8 +67,8 @@ class _RedisServer:
     def __init__(self, url: str, deadline_s: float) -> None:
         address, base = _address(url)
         self.url = shown_url(base, deadline_s, {})
-        self._hurried = _client(address, deadline_s)
-        self._patient = _client(address, max(deadline_s, WRITE_TIMEOUT_S))
+        self._hurried = _connect(address, deadline_s)
+        self._patient = _connect(address, max(deadline_s, WRITE_TIMEOUT_S))
 
     def explain(self, error: Exception) -> Explained:
         what = f"the store {self.url} failed: {str(error)[:300]}"
@@ -83,7 +83,7 @@ class _RedisServer:
         self._patient.ping()
 
     def fetch(self, key: str, *, patient: bool) -> memoryview | None:
-        found: Any = (self._patient if patient else self._hurried).get(_PREFIX + key)
+        found: Any = self._client(patient).get(_PREFIX + key)
         return None if found is None else memoryview(found)
 
     def put(self, key: str, data: memoryview, *, damaged: bool) -> None:
@@ -94,8 +94,8 @@ class _RedisServer:
             )
         self._patient.set(_PREFIX + key, data)
 
-    def contains(self, keys: Sequence[str]) -> list[str]:
-        pipeline = self._hurried.pipeline(transaction=False)
+    def contains(self, keys: Sequence[str], *, patient: bool) -> list[str]:
+        pipeline = self._client(patient).pipeline(transaction=False)
         for key in keys:
             pipeline.exists(_PREFIX + key)
         return [key for key, there in zip(keys, pipeline.execute(), strict=True) if there]
@@ -125,8 +125,11 @@ class _RedisServer:
             # Whoever is still using a connection would fall over it; those end with the client.
             client.connection_pool.disconnect(inuse_connections=False)
 
+    def _client(self, patient: bool) -> redis.Redis:
+        return self._patient if patient else self._hurried
 
-def _client(address: dict[str, Any], timeout_s: float) -> redis.Redis:
+
+def _connect(address: dict[str, Any], timeout_s: float) -> redis.Redis:
     return redis.Redis(
         **address,
         username=os.environ.get(_USERNAME),

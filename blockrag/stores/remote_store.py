@@ -58,13 +58,13 @@ class Server(Protocol):
         """Make sure that the server is there and keeps blocks as this release does."""
 
     def fetch(self, key: str, *, patient: bool) -> memoryview | None:
-        """A block, or None; `patient` waits as long as a write, else there is a deadline."""
+        """A block, or None; within the deadline, or with the patience of a write."""
 
     def put(self, key: str, data: memoryview, *, damaged: bool) -> None:
         """Write a block; told whether a damaged copy has been seen there."""
 
-    def contains(self, keys: Sequence[str]) -> Collection[str]:
-        """Those of some keys that are there, within the deadline."""
+    def contains(self, keys: Sequence[str], *, patient: bool) -> Collection[str]:
+        """Those of some keys that are there; patience as in `fetch`."""
 
     def delete(self, keys: Sequence[str]) -> int:
         """Remove blocks that have just been there; how many were."""
@@ -156,7 +156,8 @@ class RemoteStore:
             InputError: A malformed key.
             StoreError: The store is closed.
         """
-        return set().union(*self._remote.ask_each(self._server.contains, self._questions(keys)))
+        ask = partial(self._server.contains, patient=False)
+        return set().union(*self._remote.ask_each(ask, self._questions(keys)))
 
     def delete_many(self, keys: Iterable[str]) -> int:
         """Remove blocks; returns how many there were.
@@ -165,7 +166,7 @@ class RemoteStore:
             InputError: A malformed key.
             StoreError: They could not be removed, or the store is closed.
         """
-        there = self._remote.write_each(self._server.contains, self._questions(keys))
+        there = self._remote.write_each(partial(self._server.contains, patient=True), self._questions(keys))
         portions = _portions((key for found in there for key in found), _DELETED_AT_ONCE)
         return sum(self._remote.write(partial(self._server.delete, portion)) for portion in portions)
 
