@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_stores import execute, value_files
+from disk_stores import execute, run_python, value_files
 from reliability.blocks import IN_FILE, IN_ROW, block, key
 
 from blockrag.fingerprint import Fingerprint
@@ -250,3 +250,69 @@ class TestFingerprints:
             assert store.verify(fix=True).ok
             store.remember_fingerprint(KNOWN)
             assert store.fingerprints() == {KNOWN.digest: KNOWN}
+
+
+class TestForks:
+    def test_a_child_outlives_its_parents_store(self, root):
+        """The parent must not remove the log of the index under it, nor may a third open an index without it."""
+        with contextlib.closing(DiskStore(root)) as store:
+            assert store.get(key(1)) is not None
+            written, closed = os.pipe(), os.pipe()
+            child = os.fork()
+            if not child:
+                with contextlib.suppress(BaseException):
+                    os.close(closed[1])
+                    store.put(key(5), stored(5))
+                    os.write(written[1], b"1")
+                    os.read(closed[0], 1)
+                    store.put(key(7), stored(7))
+                    os._exit(0)
+                os._exit(1)
+            os.close(written[1])
+            assert os.read(written[0], 1) == b"1"
+        with contextlib.closing(DiskStore(root)) as third:
+            third.put(key(9), stored(9))
+            os.close(closed[1])
+            assert os.waitpid(child, 0)[1] == 0
+            os.close(written[0])
+            os.close(closed[0])
+            assert third.contains_many([key(5), key(7), key(9)]) == {key(5), key(7), key(9)}
+            assert third.verify().faults == ()
+
+    def test_a_child_goes_on_where_threads_of_the_parent_were_at_work(self, tmp_path):
+        code = """
+            import os, sys, threading, time
+            sys.path.insert(0, sys.argv[2])
+            from reliability.blocks import IN_FILE, IN_ROW, block, key
+            from blockrag.stores import DiskStore
+            store = DiskStore(sys.argv[1], max_bytes=10 * IN_FILE)
+            data = [block(number, IN_FILE if number % 2 else IN_ROW) for number in range(20)]
+            over = threading.Event()
+            def work():
+                while not over.is_set():
+                    for number in range(20):
+                        store.put(key(number), data[number])
+                        store.get(key(19 - number))
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            ended = []
+            for _ in range(20):
+                child = os.fork()
+                if not child:
+                    store.put(key(30), data[1])
+                    os._exit(0 if bytes(store.get(key(30))) == data[1] else 1)
+                deadline = time.monotonic() + 20
+                while not (found := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+                    time.sleep(0.002)
+                ended.append(found[1] if found[0] else "hangs")
+                if not found[0]:
+                    os.kill(child, 9)
+                    break
+            over.set()
+            for thread in threads:
+                thread.join()
+            print(set(ended), store.verify().faults)
+        """
+        done = run_python(code, tmp_path / "s", Path(__file__).parent)
+        assert done.stdout == "{0} ()\n", done.stderr

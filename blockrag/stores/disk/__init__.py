@@ -28,6 +28,7 @@ memory: keep the directory on a local file system, not on NFS.
     sweeping.py           removes what killed writers left
     checking.py           verify
     rebuilding.py         a new index from the value files
+    forking.py            what a process that forks must wait for
     failures.py           from errors of the system to the store's own
 """
 

@@ -101,7 +101,7 @@ def index_faults(index: Index, *, fix: bool) -> list[Fault]:
 
 def _integrity(index: Index) -> list[str]:
     try:
-        messages = [str(text) for (text,) in index.execute("PRAGMA integrity_check(10)")]
+        messages = [str(text) for (text,) in index.fetch("PRAGMA integrity_check(10)")]
     except sqlite3.OperationalError:
         # Of the medium, a lock, or a full disk, not of the file.
         raise

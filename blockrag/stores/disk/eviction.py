@@ -31,7 +31,7 @@ def make_room(index: Index, discard: Discard, key: str, size: int, *, max_bytes:
         StoreFullError: It finds no room beside the pinned ones; nothing was evicted.
         UnsafeStoreError: A row has a size that is none.
     """
-    ((replaced,),) = index.execute("SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key = ?", (key,)).fetchall()
+    ((replaced,),) = index.fetch("SELECT COALESCE(SUM(size), 0) FROM Cache WHERE key = ?", (key,))
     excess = index.total("size") - replaced + size - max_bytes
     if excess <= 0:
         return 0

@@ -22,6 +22,7 @@ import diskcache
 from diskcache.core import DBNAME, DEFAULT_SETTINGS, METADATA
 
 from blockrag.errors import UnsafeStoreError
+from blockrag.stores.disk.forking import at_work, before_forks
 from blockrag.stores.disk.rows import COLUMNS, Row
 from blockrag.stores.disk.values import SafeDisk
 from blockrag.stores.files import StoreFiles
@@ -109,8 +110,10 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         self._pid = os.getpid()
         self._inherited: list[_Lease] = []
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
+        before_forks(self._close_connections)
         try:
-            super().__init__(directory, timeout=files.patience_s, disk=SafeDisk, **_SETTINGS)
+            with at_work():
+                super().__init__(directory, timeout=files.patience_s, disk=SafeDisk, **_SETTINGS)
         except (TypeError, ValueError, AttributeError) as error:
             # diskcache takes what it finds in the settings for what it wrote there; damaged pages hold anything.
             raise sqlite3.DatabaseError(f"its settings cannot be read ({error})") from error
@@ -138,19 +141,25 @@ class Index(diskcache.Cache):  # type: ignore[misc]
     def _sql(self) -> Callable[..., sqlite3.Cursor]:
         return functools.partial(self._files.execute, self._con)
 
+    def fetch(self, statement: str, parameters: Sequence[object] = ()) -> list[Any]:
+        """Run one statement on this thread's connection; returns all rows that it gives."""
+        with at_work():
+            return self._files.execute(self._con, statement, parameters).fetchall()
+
     def execute(self, statement: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
-        """Run one statement on this thread's connection."""
+        """The same, row by row: for use within a transaction, as a fork does not wait for it otherwise."""
         return self._files.execute(self._con, statement, parameters)
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Discard]:
         """A write transaction of this thread; yields the function that takes files to remove once it has committed."""
-        try:
-            with self._transact() as (_, discard):
-                yield discard
-        except BaseException:
-            self._end_transaction()
-            raise
+        with at_work():
+            try:
+                with self._transact() as (_, discard):
+                    yield discard
+            except BaseException:
+                self._end_transaction()
+                raise
 
     def rows(self, keys: Sequence[str]) -> dict[str, Row]:
         """The rows of some keys, with their values where those are in the row.
@@ -159,12 +168,12 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             UnsafeStoreError: A row is one blockrag never writes.
         """
         query = f"SELECT key, raw, mode, size, filename, value FROM Cache WHERE key IN ({marks(keys)})"
-        return {row.key: row for row in (Row(*columns).checked() for columns in self.execute(query, keys))}
+        return {row.key: row for row in (Row(*columns).checked() for columns in self.fetch(query, keys))}
 
     def row_at(self, rowid: int) -> Row | None:
         """The row of an id, unchecked, without the bytes of its value."""
-        found = self.execute(f"SELECT {COLUMNS} FROM Cache WHERE rowid = ?", (rowid,)).fetchone()
-        return None if found is None else Row(*found)
+        found = self.fetch(f"SELECT {COLUMNS} FROM Cache WHERE rowid = ?", (rowid,))
+        return Row(*found[0]) if found else None
 
     def every(self, columns: str) -> Iterator[list[tuple[Any, ...]]]:
         """Some columns of all rows, the row's id first, some rows at a time, so that rows may be changed in between.
@@ -174,7 +183,7 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         """
         query = f"SELECT rowid, {columns} FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT ?"
         last = -(2**63)
-        while rows := self.execute(query, (last, _ROWS_PER_QUERY)).fetchall():
+        while rows := self.fetch(query, (last, _ROWS_PER_QUERY)):
             for rowid, *_ in rows:
                 if rowid <= last:
                     raise sqlite3.DatabaseError(f"its rows are out of order at {rowid}")
@@ -206,12 +215,12 @@ class Index(diskcache.Cache):  # type: ignore[misc]
 
     def kept(self, name: str) -> object:
         """What stands where that total should be."""
-        row = self.execute("SELECT value FROM Settings WHERE key = ?", (name,)).fetchone()
-        return row[0] if row else None
+        found = self.fetch("SELECT value FROM Settings WHERE key = ?", (name,))
+        return found[0][0] if found else None
 
     def counted(self, name: str) -> int:
         """The same, counted row by row."""
-        ((value,),) = self.execute(f"SELECT {_TOTALS[name]} FROM Cache").fetchall()
+        ((value,),) = self.fetch(f"SELECT {_TOTALS[name]} FROM Cache")
         return int(value)
 
     def count_again(self) -> None:
@@ -222,10 +231,14 @@ class Index(diskcache.Cache):  # type: ignore[misc]
     def named(self, filenames: Sequence[str]) -> set[str]:
         """Those of some value files that a row names."""
         query = f"SELECT filename FROM Cache WHERE filename IN ({marks(filenames)})"
-        return {name for (name,) in self.execute(query, filenames)}
+        return {name for (name,) in self.fetch(query, filenames)}
 
     def close(self) -> None:
         """Close this process's connections, those of other threads too; who goes on gets a new one."""
+        with at_work():
+            self._close_connections()
+
+    def _close_connections(self) -> None:
         if self._pid == os.getpid():
             for lease in list(self._leases):
                 lease.connection.close()
@@ -249,7 +262,7 @@ def check_schema(directory: str, files: StoreFiles) -> None:
         UnsafeStoreError: It holds one of them.
         sqlite3.Error: It cannot be read.
     """
-    with contextlib.closing(_connect(directory, files)) as connection:
+    with at_work(), contextlib.closing(_connect(directory, files)) as connection:
         schema = files.execute(connection, "SELECT type, name, sql FROM sqlite_master").fetchall()
         for kind, name, sql in schema:
             known = kind in _SCHEMA and _SCHEMA[kind].fullmatch(name) is not None

@@ -27,6 +27,7 @@ from blockrag.stores.disk.directory import MARKER, claim, only_writer
 from blockrag.stores.disk.eviction import make_room
 from blockrag.stores.disk.failures import FAILURES, translated
 from blockrag.stores.disk.fingerprint_files import FingerprintFiles
+from blockrag.stores.disk.forking import after_forks_in_child
 from blockrag.stores.disk.index import Discard, Index, check_schema, chunks, marks
 from blockrag.stores.disk.rebuilding import rebuild_index
 from blockrag.stores.disk.rows import COLUMNS, Row
@@ -73,10 +74,8 @@ class DiskStore:
             raise InputError(f"max_bytes is {max_bytes}; pass at least 1, or None for no limit")
         self._max_bytes = max_bytes
         self._files = files or StoreFiles()
-        self._lock = threading.Lock()
-        self._turn = threading.Lock()
-        self._write_lock = threading.Lock()
-        self._pins = Pins()
+        self._renew_locks()
+        after_forks_in_child(self._renew_locks)
         self._used: OrderedDict[str, float] = OrderedDict()
         self._hits = self._misses = self._puts = self._evictions = 0
         self._closed = False
@@ -165,7 +164,7 @@ class DiskStore:
         with self._translated("read"):
             for chunk in chunks({check_key(key) for key in keys}):
                 query = f"SELECT key, size, filename FROM Cache WHERE raw = 1 AND key IN ({marks(chunk)})"
-                for key, size, filename in self._index.execute(query, chunk):
+                for key, size, filename in self._index.fetch(query, chunk):
                     if filename is None or self._index.values.length(filename) == size:
                         found.add(key)
         return found
@@ -305,6 +304,11 @@ class DiskStore:
             self._closed = True
             self._index.close()
 
+    def _renew_locks(self) -> None:
+        """Have locks and pins that no thread holds: a child has not the threads of its parent."""
+        self._lock, self._turn, self._write_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self._pins = Pins()
+
     def _open_index(self) -> Index:
         """Open the index and bring it in order: its totals, the budget, files of killed writers."""
         with self._translated("open"):
@@ -405,7 +409,7 @@ class DiskStore:
         """Put a written value's row in place of the one of its key; returns the number of blocks evicted for it."""
         with self._write() as discard:
             evicted = self._make_room(discard, key, new.size)
-            for (old,) in self._index.execute("SELECT filename FROM Cache WHERE key = ? AND raw = 1", (key,)):
+            for (old,) in self._index.fetch("SELECT filename FROM Cache WHERE key = ? AND raw = 1", (key,)):
                 discard(old)
             self._index.put(Row(key, 1, new.mode, new.size, new.filename, None), new.value, time.time())
         return evicted
@@ -433,7 +437,7 @@ class DiskStore:
         query = f"SELECT rowid, filename FROM Cache WHERE raw = 1 AND {which}"
         try:
             with self._write() as discard:
-                rows = self._index.execute(query, values).fetchall()
+                rows = self._index.fetch(query, values)
                 self._index.drop(rows, discard)
             return len(rows)
         except FAILURES as error:
@@ -441,11 +445,11 @@ class DiskStore:
                 raise
         # On a full disk the transaction has no room either. Removing the files first makes some; should it fail again,
         # their rows read as missing blocks.
-        for _, filename in self._index.execute(query, values).fetchall():
+        for _, filename in self._index.fetch(query, values):
             if filename is not None:
                 self._index.values.remove(filename)
         with self._write() as discard:
-            rows = self._index.execute(query, values).fetchall()
+            rows = self._index.fetch(query, values)
             self._index.drop(rows, discard)
         return len(rows)
 
