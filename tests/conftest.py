@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,6 +25,14 @@ from tiny_tokenizers import plain_tokenizer
 
 from blockrag.model.block_model import BlockModel
 from blockrag.stores import MemoryStore
+
+# Who runs the tests in the background of a shell has interrupts ignored; the processes of tests must not inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long it takes to draw and try examples is the machine's affair: it may be busy with other things.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # More threads than cores only adds noise to tests that run beside each other.
 torch.set_num_threads(1)

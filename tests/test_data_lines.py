@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockrag.errors import DataError
@@ -66,7 +66,7 @@ chat_lines = st.builds(
 
 
 # A busy machine is slow; nothing here judges times.
-patient = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+patient = settings(deadline=None, max_examples=50)
 
 
 @patient
