@@ -1,14 +1,20 @@
 """What users do to a server under load, for locust: whole answers and streams, most of them about the same passages.
 
-Run by tests/test_server_cli.py:  locust -f tests/load_server.py --headless ...
+Ends after a number of answers, however long a busy machine takes for them.
+Run by tests/test_server_cli.py:  ANSWERS=60 locust -f tests/load_server.py --headless ...
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+from itertools import count
 
+import gevent
 from locust import HttpUser, constant, task
+
+ENOUGH = int(os.environ["ANSWERS"])
 
 CAPITALS = {"Bhutan": "Thimphu", "Kenya": "Nairobi", "Peru": "Lima", "Norway": "Oslo"}
 DOCUMENTS = [{"title": c, "text": f"The capital of {c} is {t}."} for c, t in CAPITALS.items()]
@@ -18,6 +24,12 @@ class Reader(HttpUser):
     """Asks about one country after the other; an answer about another one is a failure."""
 
     wait_time = constant(0)
+    answered = count(1)
+
+    def on_answer(self) -> None:
+        if next(self.answered) == ENOUGH:
+            # Elsewhere, for it waits for all users, and this is one of them.
+            gevent.spawn(self.environment.runner.quit)
 
     def ask(self, **fields: object) -> tuple[str, dict[str, object]]:
         country = random.choice(list(CAPITALS))
@@ -31,6 +43,7 @@ class Reader(HttpUser):
             answer = reply.json()["choices"][0]["message"]["content"] if reply.ok else reply.text
             if answer != expected:
                 reply.failure(f"{answer!r} instead of {expected!r}")
+        self.on_answer()
 
     @task(1)
     def streamed(self) -> None:
@@ -41,3 +54,4 @@ class Reader(HttpUser):
             answer = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
             if answer != expected or lines[-1] != "data: [DONE]":
                 reply.failure(f"{answer!r} instead of {expected!r}")
+        self.on_answer()
