@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,7 +16,7 @@ from blockrag.errors import StoreError, UnsafeStoreError
 from blockrag.kernels.build import library, why_not
 from blockrag.model import fetch as fetch_module
 from blockrag.model.block_model import BlockModel
-from blockrag.model.inflight import InFlight
+from blockrag.model.inflight import Flight, FlightKey, InFlight
 from blockrag.model.readers import Dealer, Readers
 from blockrag.model.sampling import GenerationOptions
 from blockrag.stores import MemoryStore
@@ -150,10 +150,20 @@ def test_an_unsafe_store_fails_the_request_and_not_the_next_one(make_model: Make
     assert answer.usage.blocks_reused == len(LENGTHS)
 
 
-def answers_at_once(model: BlockModel, store: GatedStore, count: int) -> list[list[int] | BaseException]:
+def answers_at_once(
+    model: BlockModel, store: GatedStore, count: int, monkeypatch: pytest.MonkeyPatch
+) -> list[list[int] | BaseException]:
     """The same prompt asked from several threads while the first of them is held up in the store."""
     prompt = prompt_of(LENGTHS, QUERY)
     store.gate.clear()
+    boarded, board = threading.Semaphore(0), InFlight.board
+
+    def noted(self: InFlight, keys: Iterable[FlightKey]) -> tuple[list[FlightKey], dict[FlightKey, Flight]]:
+        flights = board(self, keys)
+        boarded.release()
+        return flights
+
+    monkeypatch.setattr(InFlight, "board", noted)
 
     def ask() -> list[int] | BaseException:
         try:
@@ -165,14 +175,18 @@ def answers_at_once(model: BlockModel, store: GatedStore, count: int) -> list[li
         first = pool.submit(ask)
         assert store.asked.acquire(timeout=60)
         others = [pool.submit(ask) for _ in range(count - 1)]
-        # The others have boarded nothing, so they never reach the store; give them time to try.
-        assert not store.asked.acquire(timeout=0.3)
+        for _ in range(count):
+            assert boarded.acquire(timeout=60)
+        # The others found nothing to be responsible for, so they never reach the store.
+        assert not store.asked.acquire(blocking=False)
         store.gate.set()
         return [future.result(timeout=60) for future in (first, *others)]
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["computing", "loading"])
-def test_requests_at_the_same_time_load_and_compute_each_block_once(make_model: Make, warm: bool) -> None:
+def test_requests_at_the_same_time_load_and_compute_each_block_once(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch, warm: bool
+) -> None:
     model = make_model(kept_bytes=0)
     store = GatedStore()
     right = oracle_greedy(model, prompt_of(LENGTHS, QUERY), 6)
@@ -181,16 +195,16 @@ def test_requests_at_the_same_time_load_and_compute_each_block_once(make_model: 
         store.read.clear()
         while store.asked.acquire(blocking=False):
             pass
-    assert answers_at_once(model, store, 4) == [right] * 4
+    assert answers_at_once(model, store, 4, monkeypatch) == [right] * 4
     assert len(store.read) == len(LENGTHS), "one request reads, the others are handed its blocks"
     assert len(store.written) == len(LENGTHS), "and each block is computed once"
 
 
-def test_waiters_take_over_when_the_one_they_wait_for_fails(make_model: Make) -> None:
+def test_waiters_take_over_when_the_one_they_wait_for_fails(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(kept_bytes=0)
     store = GatedStore()
     store.fails, store.error = 1, UnsafeStoreError("a pickled row")
-    first, *others = answers_at_once(model, store, 3)
+    first, *others = answers_at_once(model, store, 3, monkeypatch)
     assert isinstance(first, UnsafeStoreError)
     assert others == [oracle_greedy(model, prompt_of(LENGTHS, QUERY), 6)] * 2
     assert len(store.written) == len(LENGTHS)

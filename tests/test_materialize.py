@@ -39,17 +39,29 @@ def writers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("blockrag-writer")]
 
 
+class Slowness:
+    """The first wait is as long as all that was done before: long beside the computing, however busy the machine."""
+
+    def __init__(self) -> None:
+        self._born: float | None = time.perf_counter()
+
+    def sleep(self, seconds: float) -> None:
+        before, self._born = self._born, None
+        time.sleep(seconds if before is None else max(seconds, time.perf_counter() - before))
+
+
 class SlowStore(MemoryStore):
     """Keeps its caller waiting, as a store on the network does; refuses everything after so many blocks."""
 
     def __init__(self, room: int = 1000) -> None:
         super().__init__()
         self.room = room
+        self.wait = Slowness()
         self.threads: set[str] = set()
         self._count = threading.Lock()
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
-        time.sleep(0.02)
+        self.wait.sleep(0.02)
         with self._count:
             self.threads.add(threading.current_thread().name)
             self.room -= 1
@@ -224,9 +236,13 @@ class SlowDisk(DiskStore):
 
     threads: ClassVar[set[str]] = set()
 
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.wait = Slowness()
+
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
         self.threads.add(threading.current_thread().name)
-        time.sleep(0.03)
+        self.wait.sleep(0.03)
         super().put(key, data)
 
 

@@ -90,7 +90,7 @@ async def test_an_abandoned_stream_frees_the_worker(llm: ChatBlockRAG, documents
         assert (await llm.ainvoke(asked(documents))).text == "Thimphu"
     finally:
         handle.remove()
-    assert len(forwards) < 100
+    assert len(forwards) < 750, "it went on to its end"
     assert model.prompt_memory().kept_prompts == 1
 
 
@@ -115,7 +115,7 @@ async def test_a_cancelled_request_frees_the_worker(llm: ChatBlockRAG, documents
         assert (await llm.ainvoke(asked(documents))).text == "Thimphu"
     finally:
         handle.remove()
-    assert forwards < 100
+    assert forwards < 750, "it went on to its end"
     assert model.prompt_memory().kept_prompts == 1
 
 
