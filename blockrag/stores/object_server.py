@@ -53,46 +53,34 @@ class ObjectServer:
 
     Raises:
         InputError: A URL or option that cannot be used.
-        StoreError: The directory holds something else.
     """
 
-    faults = FAULTS
-    keys_per_question = 1
+    faults: tuple[type[Exception], ...] = FAULTS
+    keys_per_question: int = 1
 
     def __init__(self, url: str, deadline_s: float, options: ObjectOptions) -> None:
         parts = parse_store_url(url, ())
         check_object_url(parts, options)
-        place = parts.place if parts.scheme == "memory" else parts.place.rstrip("/")
-        base = f"{parts.scheme}://{place}"
-        self.url = shown_url(base, deadline_s, asdict(options))
-        self._scheme = parts.scheme
+        self._scheme, self._options, self._deadline_s = parts.scheme, options, deadline_s
+        self._place = parts.place if parts.scheme == "memory" else parts.place.rstrip("/")
+        self._base = f"{parts.scheme}://{self._place}"
+        self.url = shown_url(self._base, deadline_s, asdict(options))
         self._directory: ObjectDirectory | None = None
         self._hurried: Any
         self._patient: Any
-        if self._scheme == "file":
-            self._directory = ObjectDirectory(Path(unquote(place)), marker=_FORMAT_NAME)
-            self._hurried = self._patient = LocalStore(self._directory.root)
-        else:
-            self._hurried, self._patient = connect(base, self._scheme, options, deadline_s)
-        self._formatted = False
 
     def explain(self, error: Exception) -> Explained:
         """What one of `faults` means."""
         return explain(error, store=self.url, scheme=self._scheme)
 
     def open(self) -> None:
-        """Refuse a store of another format; one that has none yet gets it with the first thing written."""
-        text = self.read(_FORMAT_NAME)
-        if text is None:
-            return
-        try:
-            found = json.loads(bytes(text))["format"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise StoreError(f"{self.url}/{_FORMAT_NAME} is not a block store's: use another prefix") from None
-        if found != _FORMAT:
-            message = f"the store {self.url} has format {found!r:.20}, this release reads {_FORMAT}"
-            raise StoreError(f"{message}; upgrade blockrag, or use another prefix")
-        self._formatted = True
+        """Connect, and refuse another format; a store that has none yet gets it with the first thing written."""
+        if self._scheme == "file":
+            self._directory = ObjectDirectory(Path(unquote(self._place)), marker=_FORMAT_NAME)
+            self._hurried = self._patient = LocalStore(self._directory.root)
+        else:
+            self._hurried, self._patient = connect(self._base, self._scheme, self._options, self._deadline_s)
+        self._formatted = self._has_format()
 
     def fetch(self, key: str, *, patient: bool) -> memoryview | None:
         """A block, or None."""
@@ -108,7 +96,12 @@ class ObjectServer:
 
     def contains(self, keys: Sequence[str], *, patient: bool) -> list[str]:
         """Those that are there, one small request for each."""
-        return [key for key in keys if self._exists(_block_name(key), patient=patient)]
+        there = []
+        for key in keys:
+            with suppress(FileNotFoundError):
+                obstore.head(self._client(patient), self._safe(_block_name(key)))
+                there.append(key)
+        return there
 
     def delete(self, keys: Sequence[str]) -> int:
         """Remove blocks; whether they were there is not known, and not asked."""
@@ -166,20 +159,25 @@ class ObjectServer:
     def _client(self, patient: bool) -> Any:
         return self._patient if patient else self._hurried
 
-    def _exists(self, name: str, *, patient: bool) -> bool:
-        try:
-            obstore.head(self._client(patient), self._safe(name))
-        except FileNotFoundError:
+    def _has_format(self) -> bool:
+        """Whether the store has this format, or else none."""
+        text = self.read(_FORMAT_NAME)
+        if text is None:
             return False
+        try:
+            found = json.loads(bytes(text))["format"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise StoreError(f"{self.url}/{_FORMAT_NAME} is not a block store's: use another prefix") from None
+        if found != _FORMAT:
+            message = f"the store {self.url} has format {found!r:.20}, this release reads {_FORMAT}"
+            raise StoreError(f"{message}; upgrade blockrag, or use another prefix")
         return True
 
     def _ensure_format(self) -> None:
-        if not self._formatted:
-            self.open()
-        if not self._formatted:
+        if not self._formatted and not self._has_format():
             self._write_new(_FORMAT_NAME, json.dumps({"format": _FORMAT}).encode() + b"\n")
-            # Who was faster may be another release.
-            self.open()
+        # Who was faster may be another release.
+        self._formatted = self._formatted or self._has_format()
 
     def _create(self, name: str, data: bytes | memoryview) -> bool:
         """Write an object unless there is one; whether there was none."""

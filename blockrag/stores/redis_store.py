@@ -61,14 +61,13 @@ class RedisStore(RemoteStore):
 class _RedisServer:
     """What redis-py is asked for. A `Server`."""
 
-    faults = (RedisError, OSError)
-    keys_per_question = _KEYS_AT_ONCE
+    faults: tuple[type[Exception], ...] = (RedisError, OSError)
+    keys_per_question: int = _KEYS_AT_ONCE
 
     def __init__(self, url: str, deadline_s: float) -> None:
-        address, base = _address(url)
+        self._address, base = _address(url)
         self.url = shown_url(base, deadline_s, {})
-        self._hurried = _connect(address, deadline_s)
-        self._patient = _connect(address, max(deadline_s, WRITE_TIMEOUT_S))
+        self._deadline_s = deadline_s
 
     def explain(self, error: Exception) -> Explained:
         what = f"the store {self.url} failed: {str(error)[:300]}"
@@ -80,6 +79,8 @@ class _RedisServer:
         return Explained(StoreError(f"{what}; check that it can be reached"), not isinstance(error, ResponseError))
 
     def open(self) -> None:
+        self._hurried = _connect(self._address, self._deadline_s)
+        self._patient = _connect(self._address, max(self._deadline_s, WRITE_TIMEOUT_S))
         self._patient.ping()
 
     def fetch(self, key: str, *, patient: bool) -> memoryview | None:

@@ -27,7 +27,7 @@ from blockrag.stores.arguments import check_distinct
 from blockrag.stores.breaker import Breaker
 from blockrag.stores.protocol import StoreStats
 
-__all__ = ["DEFAULT_DEADLINE_S", "WRITE_TIMEOUT_S", "Explained", "Remote", "check_deadline", "flaw"]
+__all__ = ["DEFAULT_DEADLINE_S", "WRITE_TIMEOUT_S", "Explained", "Remote", "flaw"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,17 +71,6 @@ def flaw(key: str, data: memoryview) -> str | None:
     return None if header.key == key else f"it is block {header.key}"
 
 
-def check_deadline(deadline_s: float) -> float:
-    """The deadline, if it is one.
-
-    Raises:
-        InputError: It is not positive, or endless.
-    """
-    if not 0 < deadline_s <= 3600:
-        raise InputError(f"the deadline is {deadline_s} s; pass more than 0 and at most 3600")
-    return deadline_s
-
-
 class _Request:
     """One block that was asked for."""
 
@@ -102,6 +91,9 @@ class Remote:
         faults: The exceptions that the client library raises.
         explain: Translates them.
         checked: Whether damaged blocks are misses; else they are handed out, to be examined.
+
+    Raises:
+        InputError: The deadline is not positive, or endless.
     """
 
     def __init__(
@@ -114,8 +106,10 @@ class Remote:
         explain: Callable[[Exception], Explained],
         checked: bool = True,
     ) -> None:
+        if not 0 < deadline_s <= 3600:
+            raise InputError(f"the deadline is {deadline_s} s; pass more than 0 and at most 3600")
         self._name = name
-        self._deadline_s = check_deadline(deadline_s)
+        self._deadline_s = deadline_s
         self._fetch = fetch
         self._faults = faults
         self._explain = explain
@@ -194,15 +188,7 @@ class Remote:
         return done
 
     def counted_put(self, key: str, put: Callable[[bool], object]) -> None:
-        """Write one block.
-
-        Args:
-            key: Its key.
-            put: Writes it; told whether a damaged copy has been seen there.
-
-        Raises:
-            StoreError: As in `write`.
-        """
+        """Write one block, as in `write`; `put` is told whether a damaged copy has been seen there."""
         self.write(lambda: put(key in self._suspects))
         with self._lock:
             self._suspects.discard(key)

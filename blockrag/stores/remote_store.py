@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from blockrag.errors import InputError
 from blockrag.fingerprint import Fingerprint, check_key
 from blockrag.stores.arguments import byte_view
-from blockrag.stores.remote import DEFAULT_DEADLINE_S, Explained, Remote, check_deadline
+from blockrag.stores.remote import DEFAULT_DEADLINE_S, Explained, Remote
 from blockrag.stores.report import Fault, check_blocks
 from blockrag.stores.urls import with_parameters
 
@@ -37,25 +37,23 @@ _DELETED_AT_ONCE: Final = 1000
 
 
 class Server(Protocol):
-    """One kind of server, in the words of its client library. Thread-safe."""
+    """One kind of server, in the words of its client library. Thread-safe.
 
-    @property
-    def url(self) -> str:
-        """The store's URL, without secrets."""
+    Args:
+        url: The store's URL, without secrets.
+        faults: The client library's exceptions; every method may raise them, or a StoreError.
+        keys_per_question: How many keys one request of `contains` asks for.
+    """
 
-    @property
-    def faults(self) -> tuple[type[Exception], ...]:
-        """The client library's exceptions; every method may raise them, or a StoreError."""
-
-    @property
-    def keys_per_question(self) -> int:
-        """How many keys one request of `contains` asks for."""
+    url: str
+    faults: tuple[type[Exception], ...]
+    keys_per_question: int
 
     def explain(self, error: Exception) -> Explained:
         """What one of `faults` means."""
 
     def open(self) -> None:
-        """Make sure that the server is there and keeps blocks as this release does."""
+        """Connect, and make sure that the server is there and keeps blocks as this release does."""
 
     def fetch(self, key: str, *, patient: bool) -> memoryview | None:
         """A block, or None; within the deadline, or with the patience of a write."""
@@ -83,12 +81,7 @@ class Server(Protocol):
 
 
 def shown_url(base: str, deadline_s: float, options: Mapping[str, Any]) -> str:
-    """A store's URL with what it was opened with.
-
-    Raises:
-        InputError: The deadline is none.
-    """
-    check_deadline(deadline_s)
+    """A store's URL with what it was opened with."""
     deadline = None if deadline_s == DEFAULT_DEADLINE_S else float(deadline_s)
     return with_parameters(base, {"deadline": deadline, **options})
 
@@ -104,7 +97,7 @@ class RemoteStore:
         deadline_s: Seconds that one call of `get` or `get_many` waits for the network altogether.
 
     Raises:
-        InputError: A deadline that is none.
+        InputError: A deadline that is none, or a URL that the client library does not take.
         StoreError: The server cannot be reached, or cannot be used.
     """
 
