@@ -24,8 +24,9 @@ from store_servers import Proxy, s3_server
 
 from blockrag.errors import InputError, MissingDependencyError, StoreError, StoreFullError, UnsafeStoreError
 from blockrag.fingerprint import Fingerprint
-from blockrag.stores import ObjectStore, open_store
+from blockrag.stores import ObjectStore, open_store, remote_store
 from blockrag.stores.object_backend import ObjectOptions, connect, explain
+from blockrag.stores.report import check_blocks
 
 SIZE = 16_384
 TESTS = str(Path(__file__).parent)
@@ -320,6 +321,25 @@ class TestFaults:
                 store.delete_many([key(1)])
             proxy.fault = "none"
             assert store.get(key(1)) == block(1, SIZE)
+
+    def test_what_was_replaced_or_deleted_while_it_is_checked_is_left_alone(self, store, bucket, monkeypatch):
+        for i in range(4):
+            store.put(key(i), block(i, SIZE))
+        for i in range(1, 4):
+            obstore.put(bucket, name_of(i), flipped(block(i, SIZE), SIZE - 1))
+
+        def check(*arguments, **named):
+            """The check itself, after which somebody else was faster with two of its findings."""
+            report = check_blocks(*arguments, **named)
+            obstore.put(bucket, name_of(1), block(1, SIZE))
+            obstore.delete(bucket, name_of(2))
+            return report
+
+        monkeypatch.setattr(remote_store, "check_blocks", check)
+        report = store.verify(fix=True)
+        assert [fault.where for fault in report.faults] == [key(i) for i in sorted(range(1, 4), key=key)]
+        assert report.ok
+        assert sorted(store.keys()) == sorted([key(0), key(1)])
 
     def test_a_check_takes_what_cannot_be_read_for_no_damage(self, filled, proxy, prefix, bucket):
         with closing(open_store(url(proxy.port, prefix, deadline=5))) as store:

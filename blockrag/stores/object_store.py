@@ -17,6 +17,7 @@ Credentials come from the environment and from the machine's role, as obstore fi
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from blockrag import codec
@@ -97,14 +98,19 @@ class ObjectStore(RemoteStore):
             StoreError: The store cannot be listed, or it is closed.
         """
         report = super().verify(fix=fix)
-        names = [name for name, _ in self._listed_blocks()]
+        # Before what it names is looked for, so that it names nothing newer.
         with self._explained():
             manifest = self._objects.read(_MANIFEST_NAME)
-        foreign = [
-            Fault("foreign", name, "has no block's name; remove it by hand") for name in names if key_of(name) is None
+        keys = {name: key_of(name) for name, _ in self._listed_blocks()}
+        faults = [
+            Fault("foreign", name, "has no block's name; remove it by hand")
+            for name, key in keys.items()
+            if key is None
         ]
-        there = {key_of(name) for name in names}
-        return merged(report, foreign + ([] if manifest is None else self._compared(manifest, there, fix=fix)))
+        named = [] if manifest is None else _manifest_faults(manifest, set(keys.values()))
+        if named and fix:
+            self.write_manifest()
+        return merged(report, [*faults, *(replace(fault, fixed=fix) for fault in named)])
 
     def _listed_blocks(self) -> list[tuple[str, int]]:
         self._remote.check_open()
@@ -124,10 +130,10 @@ class ObjectStore(RemoteStore):
             return None
         return ManifestEntry(key, size, found.fingerprint, found.checksum)
 
-    def _compared(self, manifest: memoryview, there: set[str | None], *, fix: bool) -> list[Fault]:
-        try:
-            missing = sorted({entry.key for entry in read_manifest(manifest)}.difference(there))
-        except DamagedBlockError as error:
-            return [Fault("damaged", _MANIFEST_NAME, str(error), fixed=fix and self.write_manifest() >= 0)]
-        fixed = fix and bool(missing) and self.write_manifest() >= 0
-        return [Fault("missing", key, f"{_MANIFEST_NAME} names it", fixed=fixed) for key in missing]
+
+def _manifest_faults(manifest: memoryview, there: set[str | None]) -> list[Fault]:
+    try:
+        missing = {entry.key for entry in read_manifest(manifest)} - there
+    except DamagedBlockError as error:
+        return [Fault("damaged", _MANIFEST_NAME, str(error))]
+    return [Fault("missing", key, f"{_MANIFEST_NAME} names it") for key in sorted(missing)]

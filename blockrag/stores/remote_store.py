@@ -16,7 +16,8 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from blockrag.errors import InputError
+from blockrag import codec
+from blockrag.errors import DamagedBlockError, InputError
 from blockrag.fingerprint import Fingerprint, check_key
 from blockrag.stores.arguments import byte_view
 from blockrag.stores.remote import DEFAULT_DEADLINE_S, Explained, Remote
@@ -226,16 +227,20 @@ class RemoteStore:
         # The same store, which hands out damaged blocks and waits for late ones.
         examined = copy.copy(self)
         examined._remote = self._traffic(_PATIENT_S, patient=True)
+        faults = []
         try:
             report = check_blocks(examined, fix=False)
+            for fault in report.faults:
+                key = fault.where
+                if fault.kind == "missing":
+                    faults.append(Fault("unreadable", key, "is listed, and could not be read"))
+                    continue
+                # Whoever met it may have replaced it since: a check takes long.
+                if fix and not _is_block(key, examined.get(key)):
+                    self.delete_many([key])
+                faults.append(replace(fault, fixed=fix))
         finally:
             examined._remote.close()
-        faults = []
-        for fault in report.faults:
-            if fault.kind == "missing":
-                faults.append(Fault("unreadable", fault.where, "is listed, and could not be read"))
-            else:
-                faults.append(replace(fault, fixed=fix and self.delete_many([fault.where]) == 1))
         return replace(report, faults=tuple(faults))
 
     def close(self) -> None:
@@ -267,6 +272,13 @@ class RemoteStore:
             yield
         except self._server.faults as error:
             raise self._server.explain(error).error from error
+
+
+def _is_block(key: str, data: memoryview | None) -> bool:
+    try:
+        return data is not None and codec.read_header(data).key == key
+    except DamagedBlockError:
+        return False
 
 
 def _portions(keys: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
