@@ -244,7 +244,7 @@ class RemoteStore:
         return replace(report, faults=tuple(faults))
 
     def close(self) -> None:
-        """Stop, and close the connections; closing twice is fine."""
+        """Stop, and close the connections, those in use when the store is let go of; closing twice is fine."""
         self._remote.close()
         self._server.close()
 
