@@ -202,6 +202,28 @@ def test_prune_removes_what_the_sources_no_longer_have(house, tmp_path):
     house.check()
 
 
+def test_prune_keeps_what_another_pass_adds_meanwhile(house, tmp_path):
+    (tmp_path / "a.txt").write_text("The first.")
+    house.ingest([Document("gone.txt", "No longer there.")])
+
+    class Neighbour:
+        def start(self, total_documents):
+            pass
+
+        def advance(self, *, documents=0, passages=0, tokens=0):
+            if documents and not (tmp_path / "b.txt").exists():
+                (tmp_path / "b.txt").write_text("Written while the first pass runs.")
+                house.ingest(tmp_path / "b.txt")
+
+        def finish(self):
+            pass
+
+    report = house.ingest(tmp_path, prune=True, progress=Neighbour())
+    assert report.documents_removed == 1
+    assert [info.document_id for info in house.index.documents()] == ["a.txt", "b.txt"]
+    house.check()
+
+
 def test_prune_keeps_a_document_that_cannot_be_read_today(house, tmp_path):
     (tmp_path / "a.txt").write_text("text a")
     (tmp_path / "b.txt").write_text("text b")
@@ -458,6 +480,19 @@ def test_unused_blocks_can_be_swept(house, make_model):
         house.store.put(key, b"left behind")
     assert delete_unused_blocks(index=house.index, store=house.store) == 2
     assert set(house.store.keys()) == used
+
+
+def test_blocks_that_another_pass_commits_meanwhile_are_not_unused(make_model):
+    class Busy(MemoryStore):
+        def keys(self):
+            house.ingest(documents())
+            return super().keys()
+
+    house = House(make_model, Busy())
+    house.store.put("0" * 64, b"left behind")
+    assert delete_unused_blocks(index=house.index, store=house.store) == 1
+    assert house.store.contains_many(house.keys()) == house.keys()
+    assert len(house.keys()) == 3
 
 
 def disk_state(state, model):

@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from io import StringIO
 
 import numpy as np
@@ -386,6 +386,22 @@ def test_unused_blocks_are_not_deleted_on_the_word_of_a_faulty_index(directory):
     with pytest.raises(InputError, match="no sound index"):
         check_directory(directory, delete_unused=True)
     assert len(list(DiskStore(directory / "kv").keys())) == DOCUMENTS
+
+
+def test_blocks_that_are_ingested_while_the_store_is_read_are_not_unused(directory):
+    @contextmanager
+    def meanwhile(store):
+        store.put(key(50), block(50))
+        with PassageIndex(ENCODER, directory / "index") as index:
+            passage = Passage("p50", "Another text.", "", "d50")
+            index.replace_documents([DocumentUpdate("d50", [passage], "hash", {"p50": [key(50)]}, FINGERPRINT)])
+        yield
+
+    with closing(DiskStore(directory / "kv")) as store:
+        store.put(key(60), block(60))
+        report = check_directory(directory, delete_unused=True, watch=meanwhile)
+        assert (report.unused, report.deleted) == (1, 1)
+        assert store.contains_many([key(50), key(60)]) == {key(50)}
 
 
 # -- an open index ----------------------------------------------------------------------------------------------------

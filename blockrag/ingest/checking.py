@@ -93,11 +93,13 @@ def check_directory(
     Args:
         path: What `blockrag ingest` or `BlockRAG(path=...)` made, or the directory of an index or a store alone.
         fix: Remove damaged blocks and what belongs to nobody, and make again what follows from passages and blocks.
-        delete_unused: Also delete the blocks that no passage of this index names. For a store of this index alone.
+        delete_unused: Also delete the blocks that no passage of this index names. For a store of this index alone,
+            while nothing is ingested: blocks whose documents are not committed yet are deleted as well.
         watch: Told the store while its blocks are read.
 
     Raises:
         InputError: There is none of these, or `delete_unused` is asked for and there is no index, or a faulty one.
+        PassageIndexError: The index, which is asked again before anything is deleted, cannot be opened any more.
     """
     index_path, store_path = _parts(path)
     report = DirectoryReport(str(path))
@@ -119,7 +121,7 @@ def check_directory(
             checked = check_store(store, fix=fix, watch=watch).store
             if checked is not None:
                 report = replace(report, store=merged(checked, faults))
-            return _compared(report, store, delete_unused=delete_unused)
+            return _compared(report, store, delete_by=index_path if delete_unused else None)
     except StoreError as error:
         return replace(report, unusable=(*report.unusable, str(error)))
 
@@ -171,17 +173,21 @@ def _opened(path: Path, *, fix: bool) -> tuple[BlockStore, list[Fault]]:
         return DiskStore(path), [Fault("damaged", "index", f"{error}; made anew with {blocks} blocks", fixed=True)]
 
 
-def _compared(report: DirectoryReport, store: BlockStore, *, delete_unused: bool) -> DirectoryReport:
-    """The report with what the index names and the store has."""
+def _compared(report: DirectoryReport, store: BlockStore, *, delete_by: Path | None) -> DirectoryReport:
+    """The report with what the index names and the store has; what the index at `delete_by` does not name is deleted.
+
+    That index is asked after the store: blocks are stored before their documents are committed.
+    """
     if report.index is None:
         return report
     stored = set(store.keys())
-    unused = sorted(stored - report.index.block_keys)
+    named = report.index.block_keys if delete_by is None else check_index(delete_by).block_keys
+    unused = sorted(stored - named)
     size = sum(len(data) for _, data in store.get_many(unused) if data is not None)
     deleted = 0
-    if delete_unused:
+    if delete_by is not None:
         rest = iter(unused)
         while portion := list(islice(rest, _KEYS_AT_ONCE)):
             deleted += store.delete_many(portion)
-    missing = len(report.index.block_keys - stored)
+    missing = len(named - stored)
     return replace(report, missing=missing, unused=len(unused), unused_bytes=size, deleted=deleted)

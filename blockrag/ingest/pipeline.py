@@ -115,9 +115,9 @@ def ingest(
         batch_documents: Documents per commit; fewer where they are long. Blocks of one commit share forwards, so that
             many small documents take few.
         progress: Told how far the pass is.
-        prune: Afterwards remove every document of the index that the sources do not have. Nothing is removed when
-            a source could not be read to its end, or no document was found: a folder that is not mounted today must
-            not empty the index. The report's failures then say so.
+        prune: Afterwards remove every document that the index had before and the sources do not have. Nothing is
+            removed when a source could not be read to its end, or no document was found: a folder that is not mounted
+            today must not empty the index. The report's failures then say so.
         tokenizer: Counts tokens where there is no model; by default the model's.
         readers: Reader per suffix, for file types that are not text.
 
@@ -137,6 +137,8 @@ def ingest(
     fingerprint = "" if model is None else model.fingerprint.digest
     work = _Pass(index, model, store, counted, fingerprint, max_passage_tokens, progress)
     evictions = store.stats().evictions
+    if prune:
+        work.known = frozenset(info.document_id for info in index.documents())
     documents = read_documents(sources, on_failure=work.failures.append, readers=readers)
     if progress is not None:
         progress.start(expected_documents(sources))
@@ -171,15 +173,16 @@ def delete(document_id: str, *, index: PassageIndex, store: BlockStore) -> Chang
 def delete_unused_blocks(*, index: PassageIndex, store: BlockStore) -> int:
     """Remove every block that no passage of this index uses: what killed passes and other models left behind.
 
-    For a store that serves this index alone; blocks of prompts' first and last parts go as well, and are computed
-    again when they are needed.
+    For a store that serves this index alone, while nothing is ingested: blocks whose documents are not committed yet
+    go as well, as those of prompts' first and last parts do, and are computed again when they are needed.
 
     Returns:
         The number of blocks removed.
     """
+    # In this order: blocks are stored before their documents are committed.
+    stored = list(store.keys())
     used = index.block_keys()
-    unused = [key for key in store.keys() if key not in used]  # noqa: SIM118 (a store is no dictionary)
-    return _drop(unused, store)
+    return _drop([key for key in stored if key not in used], store)
 
 
 @dataclass(slots=True)
@@ -206,6 +209,7 @@ class _Pass:
     progress: Progress | None
     failures: list[DocumentFailure] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
+    known: frozenset[str] = frozenset()
     documents_unchanged: int = 0
     documents_removed: int = 0
     passages: int = 0
@@ -239,7 +243,10 @@ class _Pass:
         self._isolated(stored, self._commit)
 
     def prune(self) -> None:
-        """Remove the documents that the sources no longer have, if it is certain which these are."""
+        """Remove the documents that the sources no longer have, if it is certain which these are.
+
+        What another pass has added meanwhile came from sources that are newer than these.
+        """
         unknown = [failure for failure in self.failures if failure.document_id is None]
         kept = self.done | {failure.document_id for failure in self.failures if failure.document_id is not None}
         if unknown or not kept:
@@ -247,11 +254,11 @@ class _Pass:
             error = InputError(f"nothing was pruned, because {reason}; delete documents by their id, or run it again")
             self.failures.append(DocumentFailure("prune", error))
             return
-        for document in self.index.documents():
-            if document.document_id not in kept:
-                change = self.index.delete_document(document.document_id)
-                self.blocks_deleted += _drop(change.orphaned_block_keys, self.store)
-                self.documents_removed += 1
+        there = {info.document_id for info in self.index.documents()}
+        for document_id in sorted(self.known.intersection(there).difference(kept)):
+            change = self.index.delete_document(document_id)
+            self.blocks_deleted += _drop(change.orphaned_block_keys, self.store)
+            self.documents_removed += 1
 
     def report(self, seconds: float) -> IngestReport:
         """What was counted."""
