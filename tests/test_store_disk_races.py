@@ -15,6 +15,7 @@ from reliability.blocks import IN_FILE, IN_ROW, block, key
 
 from blockrag.fingerprint import Fingerprint
 from blockrag.stores import DiskStore
+from blockrag.stores.disk import rebuild_index
 from blockrag.stores.files import StoreFiles
 
 OLD_S = 7200.0
@@ -252,6 +253,104 @@ class TestFingerprints:
             assert store.fingerprints() == {KNOWN.digest: KNOWN}
 
 
+class TestNewIndex:
+    """An index that is written anew while others have, or open, the store."""
+
+    def test_who_opens_the_store_meanwhile_waits_for_the_new_one(self, root):
+        waits = threading.Event()
+        opened: list[DiskStore] = []
+
+        class Opener(StoreFiles):
+            def before(self, call: str) -> None:
+                if call == "lock":
+                    waits.set()
+
+        def other() -> None:
+            opened.append(DiskStore(root, files=Opener()))
+            opened[0].put(key(5), stored(5))
+
+        class Rebuilder(StoreFiles):
+            def before(self, call: str) -> None:
+                if call == "rename":
+                    opening.start()
+                    assert waits.wait(timeout=30)
+
+        opening = threading.Thread(target=other)
+        assert rebuild_index(root, files=Rebuilder()) == 2
+        opening.join()
+        with contextlib.closing(opened[0]) as store, contextlib.closing(DiskStore(root)) as third:
+            assert third.contains_many([key(5)]) == {key(5)}
+            assert set(store.keys()) == set(third.keys()) == {key(1), key(3), key(5)}
+            assert third.verify().faults == ()
+
+    def test_who_has_the_store_open_takes_no_new_block_for_a_stray(self, root):
+        with contextlib.closing(DiskStore(root)) as store:
+            rebuild_index(root)
+            put(root, 5)
+            for path in value_files(root):
+                os.utime(path, (time.time() - OLD_S,) * 2)
+            assert store.sweep() == 0
+            with contextlib.closing(DiskStore(root)) as other:
+                assert bytes(other.get(key(5))) == stored(5)
+                assert other.verify().faults == ()
+
+    def test_who_has_the_store_open_writes_into_the_new_one(self, root):
+        with contextlib.closing(DiskStore(root, max_bytes=3 * IN_FILE)) as store:
+            rebuild_index(root)
+            for number in (5, 7):
+                store.put(key(number), stored(number))
+            with contextlib.closing(DiskStore(root)) as other:
+                assert set(other.keys()) == {key(3), key(5), key(7)}
+                assert other.stats().bytes == 3 * IN_FILE
+                assert other.verify().faults == ()
+            assert len(value_files(root)) == 3
+
+    def test_a_file_that_the_new_index_names_before_its_writer_does_stays(self, root):
+        """The writer has no budget, so it takes no turns; it has written the file, and looks for the index next."""
+        with interrupted(root, lambda: rebuild_index(root), at="status_of") as store:
+            store.put(key(5), stored(5))
+            assert bytes(store.get(key(5))) == stored(5)
+            assert store.verify().faults == ()
+
+    def test_threads_write_while_a_check_writes_the_index_anew(self, root):
+        put(root, *range(4, 44, 2))
+        ((page, size),) = execute(root, "SELECT rootpage, (SELECT page_size FROM pragma_page_size()) FROM sqlite_master"
+                                        " WHERE name = 'Cache'")  # fmt: skip
+        data = bytearray((root / "cache.db").read_bytes())
+        data[(page - 1) * size : page * size] = b"\xff" * size
+        (root / "cache.db").write_bytes(data)
+        began = threading.Event()
+
+        class Rebuilder(StoreFiles):
+            armed = False
+
+            def before(self, call: str) -> None:
+                if self.armed and call == "rename":
+                    self.armed = False
+                    writing.start()
+                    began.wait(timeout=30)
+
+        failures: list[BaseException] = []
+
+        def write() -> None:
+            began.set()
+            try:
+                for number in (5, 7):
+                    store.put(key(number), stored(number))
+            except BaseException as error:
+                failures.append(error)
+
+        writing = threading.Thread(target=write)
+        with contextlib.closing(DiskStore(root, files=(files := Rebuilder()))) as store:
+            files.armed = True
+            assert store.verify(fix=True).ok
+            writing.join()
+            assert failures == []
+            assert store.contains_many([key(5), key(7)]) == {key(5), key(7)}
+            with contextlib.closing(DiskStore(root)) as other:
+                assert {key(5), key(7)} < set(other.keys())
+
+
 class TestForks:
     def test_a_child_outlives_its_parents_store(self, root):
         """The parent must not remove the log of the index under it, nor may a third open an index without it."""
@@ -316,3 +415,49 @@ class TestForks:
         """
         done = run_python(code, tmp_path / "s", Path(__file__).parent)
         assert done.stdout == "{0} ()\n", done.stderr
+
+
+class TestClosing:
+    def test_threads_that_are_at_work_finish_and_the_next_call_is_refused(self, tmp_path):
+        """In a process of its own: a connection closed under a running statement takes it down."""
+        code = """
+            import os, sys, threading, time
+            sys.path.insert(0, sys.argv[2])
+            from reliability.blocks import IN_FILE, IN_ROW, block, key
+            from blockrag.stores import DiskStore
+            data = [block(number, IN_FILE if number % 2 else IN_ROW) for number in range(20)]
+            keys = [key(number) for number in range(20)]
+            endings = set()
+            def work(store, operation):
+                try:
+                    while True:
+                        operation(store)
+                except Exception as error:
+                    endings.add((type(error).__name__, "is closed" in str(error)))
+            operations = [
+                lambda store: [store.put(keys[number], data[number]) for number in range(20)],
+                lambda store: [None for _ in store.get_many(keys)],
+                lambda store: (store.contains_many(keys), store.stats(), list(store.keys())),
+                lambda store: store.delete_many(keys[:3]),
+                lambda store: store.verify(),
+            ]
+            for turn in range(8):
+                root = f"{sys.argv[1]}{turn}"
+                store = DiskStore(root, max_bytes=10 * IN_FILE if turn % 2 else None)
+                threads = [threading.Thread(target=work, args=(store, operation)) for operation in operations]
+                for thread in threads:
+                    thread.start()
+                time.sleep(0.05)
+                store.close()
+                for thread in threads:
+                    thread.join()
+                names = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+                left = [os.readlink(name) for name in names if os.path.lexists(name)]
+                assert not [name for name in left if root in name], left
+                with_faults = DiskStore(root)
+                assert with_faults.verify().faults == ()
+                with_faults.close()
+            print(sorted(endings))
+        """
+        done = run_python(code, tmp_path / "s", Path(__file__).parent)
+        assert (done.returncode, done.stdout) == (0, "[('StoreError', True)]\n"), done.stderr

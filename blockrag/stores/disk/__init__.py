@@ -28,7 +28,7 @@ memory: keep the directory on a local file system, not on NFS.
     sweeping.py           removes what killed writers left
     checking.py           verify
     rebuilding.py         a new index from the value files
-    forking.py            what a process that forks must wait for
+    gate.py               who is at work, so that connections are closed, and processes fork, when nobody is
     failures.py           from errors of the system to the store's own
 """
 

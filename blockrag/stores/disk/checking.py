@@ -90,6 +90,7 @@ def index_faults(index: Index, *, fix: bool) -> list[Fault]:
     Raises:
         sqlite3.OperationalError: It cannot be read just now.
     """
+    index.follow()
     found = _integrity(index)
     mended = False
     if fix and found:

@@ -22,7 +22,7 @@ import diskcache
 from diskcache.core import DBNAME, DEFAULT_SETTINGS, METADATA
 
 from blockrag.errors import UnsafeStoreError
-from blockrag.stores.disk.forking import at_work, before_forks
+from blockrag.stores.disk.gate import Gate
 from blockrag.stores.disk.rows import COLUMNS, Row
 from blockrag.stores.disk.values import SafeDisk
 from blockrag.stores.files import StoreFiles
@@ -80,12 +80,18 @@ _TOTALS: Final = {"count": "COUNT(*)", "size": "COALESCE(SUM(size), 0)"}
 
 
 class _Lease:
-    """One thread's connection; closes it when the thread ends, where waiting for a collection would pile up handles."""
+    """One thread's connection; closes it when the thread ends, where waiting for a collection would pile up handles.
 
-    __slots__ = ("__weakref__", "connection")
+    Args:
+        connection: It.
+        file: The number of the file that it is to.
+    """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    __slots__ = ("__weakref__", "connection", "file")
+
+    def __init__(self, connection: sqlite3.Connection, file: int) -> None:
         self.connection = connection
+        self.file = file
 
     def __del__(self) -> None:
         self.connection.close()
@@ -100,19 +106,22 @@ class Index(diskcache.Cache):  # type: ignore[misc]
     Args:
         directory: Absolute; it exists.
         files: The calls that may fail.
+        gate: Of those that use it; one of its own by default.
 
     Raises:
         sqlite3.Error: The index cannot be read or written.
     """
 
-    def __init__(self, directory: str, files: StoreFiles) -> None:
+    def __init__(self, directory: str, files: StoreFiles, gate: Gate | None = None) -> None:
         self._files = files
+        self._gate = gate or Gate()
+        self._closed = False
         self._pid = os.getpid()
         self._inherited: list[_Lease] = []
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
-        before_forks(self._close_connections)
+        self._gate.before_forks(self._close_connections)
         try:
-            with at_work():
+            with self._gate.at_work():
                 super().__init__(directory, timeout=files.patience_s, disk=SafeDisk, **_SETTINGS)
         except (TypeError, ValueError, AttributeError) as error:
             # diskcache takes what it finds in the settings for what it wrote there; damaged pages hold anything.
@@ -133,7 +142,11 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             self._pid, self._local, self._leases = os.getpid(), threading.local(), weakref.WeakSet()
         lease: _Lease | None = getattr(self._local, "lease", None)
         if lease is None:
-            lease = self._local.lease = _Lease(_connect(self._directory, self._files))
+            if self._closed:
+                raise sqlite3.ProgrammingError("the index is closed")
+            # Should it be replaced in between, the first transaction goes over to the other.
+            file = self._file()
+            lease = self._local.lease = _Lease(_connect(self._directory, self._files), file)
             self._leases.add(lease)
         return lease.connection
 
@@ -143,7 +156,7 @@ class Index(diskcache.Cache):  # type: ignore[misc]
 
     def fetch(self, statement: str, parameters: Sequence[object] = ()) -> list[Any]:
         """Run one statement on this thread's connection; returns all rows that it gives."""
-        with at_work():
+        with self._gate.at_work():
             return self._files.execute(self._con, statement, parameters).fetchall()
 
     def execute(self, statement: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
@@ -153,13 +166,26 @@ class Index(diskcache.Cache):  # type: ignore[misc]
     @contextlib.contextmanager
     def write(self) -> Iterator[Discard]:
         """A write transaction of this thread; yields the function that takes files to remove once it has committed."""
-        with at_work():
+        with self._gate.at_work():
+            self.follow()
             try:
                 with self._transact() as (_, discard):
                     yield discard
             except BaseException:
                 self._end_transaction()
                 raise
+
+    def follow(self) -> None:
+        """Go over to the index that took this one's place, if somebody has written it anew.
+
+        SQLite would go on with the old one, whose rows say nothing about the files of blocks written since.
+
+        Raises:
+            OSError: There is none.
+        """
+        lease: _Lease | None = getattr(self._local, "lease", None)
+        if lease is not None and lease.file != self._file():
+            self.close()
 
     def rows(self, keys: Sequence[str]) -> dict[str, Row]:
         """The rows of some keys, with their values where those are in the row.
@@ -234,8 +260,17 @@ class Index(diskcache.Cache):  # type: ignore[misc]
         return {name for (name,) in self.fetch(query, filenames)}
 
     def close(self) -> None:
-        """Close this process's connections, those of other threads too; who goes on gets a new one."""
-        with at_work():
+        """Close this thread's connection; if it goes on, it gets a new one."""
+        lease: _Lease | None = getattr(self._local, "lease", None)
+        if lease is not None:
+            with self._gate.at_work():
+                lease.connection.close()
+                self._local.lease = None
+
+    def close_for_good(self) -> None:
+        """Close all connections, those of other threads too, once these are done with their work; open no others."""
+        with self._gate.at_rest():
+            self._closed = True
             self._close_connections()
 
     def _close_connections(self) -> None:
@@ -243,6 +278,9 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             for lease in list(self._leases):
                 lease.connection.close()
             self._leases, self._local = weakref.WeakSet(), threading.local()
+
+    def _file(self) -> int:
+        return self._files.status_of(f"{self._directory}/{DBNAME}").st_ino
 
     def _end_transaction(self) -> None:
         """Leave no transaction open: a failed COMMIT does, and the next one could not begin."""
@@ -255,14 +293,19 @@ class Index(diskcache.Cache):  # type: ignore[misc]
             self._local.lease = None
 
 
-def check_schema(directory: str, files: StoreFiles) -> None:
+def check_schema(directory: str, files: StoreFiles, gate: Gate) -> None:
     """Refuse an index with views, foreign tables, triggers or settings.
+
+    Args:
+        directory: Absolute; it exists.
+        files: The calls that may fail.
+        gate: Of those that will use it.
 
     Raises:
         UnsafeStoreError: It holds one of them.
         sqlite3.Error: It cannot be read.
     """
-    with at_work(), contextlib.closing(_connect(directory, files)) as connection:
+    with gate.at_work(), contextlib.closing(_connect(directory, files)) as connection:
         schema = files.execute(connection, "SELECT type, name, sql FROM sqlite_master").fetchall()
         for kind, name, sql in schema:
             known = kind in _SCHEMA and _SCHEMA[kind].fullmatch(name) is not None

@@ -27,8 +27,8 @@ __all__ = ["clear", "is_abandoned", "rebuild_index"]
 def rebuild_index(path: str | os.PathLike[str], *, files: StoreFiles | None = None) -> int:
     """Replace the index of a store by one that is made from its value files.
 
-    Nothing changes until the new index is complete. Processes that have the store open go on with the old one: let
-    them open it again.
+    Nothing changes until the new index is complete. Processes that have the store open go over to it when they next
+    write; until then they may miss blocks.
 
     Args:
         path: The store's directory.

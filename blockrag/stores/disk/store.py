@@ -27,7 +27,7 @@ from blockrag.stores.disk.directory import MARKER, claim, only_writer
 from blockrag.stores.disk.eviction import make_room
 from blockrag.stores.disk.failures import FAILURES, translated
 from blockrag.stores.disk.fingerprint_files import FingerprintFiles
-from blockrag.stores.disk.forking import after_forks_in_child
+from blockrag.stores.disk.gate import Gate
 from blockrag.stores.disk.index import Discard, Index, check_schema, chunks, marks
 from blockrag.stores.disk.rebuilding import rebuild_index
 from blockrag.stores.disk.rows import COLUMNS, Row
@@ -75,7 +75,8 @@ class DiskStore:
         self._max_bytes = max_bytes
         self._files = files or StoreFiles()
         self._renew_locks()
-        after_forks_in_child(self._renew_locks)
+        self._gate = Gate()
+        self._gate.after_forks_in_child(self._renew_locks)
         self._used: OrderedDict[str, float] = OrderedDict()
         self._hits = self._misses = self._puts = self._evictions = 0
         self._closed = False
@@ -137,7 +138,7 @@ class DiskStore:
         if self._max_bytes is not None and len(view) > self._max_bytes:
             raise StoreFullError(f"a block of {len(view)} bytes exceeds max_bytes={self._max_bytes}; raise max_bytes")
         turn: AbstractContextManager[None] = contextlib.nullcontext() if self._max_bytes is None else self._alone()
-        with self._translated("write to"), turn:
+        with self._working("write to"), turn:
             new = self._index.values.write(view)
             try:
                 evicted = self._commit(key, new)
@@ -161,7 +162,7 @@ class DiskStore:
             StoreError: The store is closed, or its index is damaged.
         """
         found: set[str] = set()
-        with self._translated("read"):
+        with self._working("read"):
             for chunk in chunks({check_key(key) for key in keys}):
                 query = f"SELECT key, size, filename FROM Cache WHERE raw = 1 AND key IN ({marks(chunk)})"
                 for key, size, filename in self._index.fetch(query, chunk):
@@ -176,7 +177,7 @@ class DiskStore:
             InputError: A malformed key.
             StoreError: The store is closed, cannot be written, or its index is damaged.
         """
-        with self._translated("write to"), self._alone():
+        with self._working("write to"), self._alone():
             some = chunks({check_key(key) for key in keys})
             return sum(self._delete(f"key IN ({marks(chunk)})", chunk) for chunk in some)
 
@@ -191,7 +192,7 @@ class DiskStore:
         # A block that is deleted and written again meanwhile is met twice.
         seen: set[str] = set()
         while True:
-            with self._translated("read"):
+            with self._working("read"):
                 rows = next(every, None)
             if rows is None:
                 return
@@ -207,7 +208,7 @@ class DiskStore:
         Raises:
             StoreError: The store is closed, or its index is damaged.
         """
-        with self._translated("read"):
+        with self._working("read"):
             blocks, total = self._index.total("count"), self._index.total("size")
         with self._lock:
             return StoreStats(
@@ -230,7 +231,7 @@ class DiskStore:
         Raises:
             StoreError: The store is closed, or cannot be written.
         """
-        with self._translated("write to"):
+        with self._working("write to"):
             self._fingerprints.remember(fingerprint)
 
     def fingerprints(self) -> dict[str, Fingerprint]:
@@ -239,7 +240,7 @@ class DiskStore:
         Raises:
             StoreError: The store is closed, or its directory cannot be read.
         """
-        with self._translated("read"):
+        with self._working("read"):
             return self._fingerprints.read()
 
     def verify(self, *, fix: bool = False) -> StoreReport:
@@ -260,9 +261,7 @@ class DiskStore:
         with self._translated("check"):
             faults = index_faults(self._index, fix=fix)
             if fix and not all(fault.fixed for fault in faults):
-                self._index.close()
-                rebuild_index(self._root, files=self._files)
-                self._index = self._open_index()
+                self._renew_index()
                 faults = [replace(fault, fixed=True) for fault in faults]
             checked = Checked(self, self._root, self._index, self._fingerprints, self._files, self._write, self._drop)
             return merged(verify(checked, fix=fix), faults)
@@ -291,7 +290,7 @@ class DiskStore:
         return len(found)
 
     def close(self) -> None:
-        """Write down what was used, and close; closing twice is fine."""
+        """Write down what was used, and close, once other threads are done; closing twice is fine."""
         if self._closed:
             return
         try:
@@ -302,23 +301,29 @@ class DiskStore:
             _LOG.warning("the order of use was not saved to %s (%s)", self._root, error)
         finally:
             self._closed = True
-            self._index.close()
+            self._index.close_for_good()
 
     def _renew_locks(self) -> None:
         """Have locks and pins that no thread holds: a child has not the threads of its parent."""
-        self._lock, self._turn, self._write_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self._lock, self._turn, self._write_lock = threading.Lock(), threading.RLock(), threading.RLock()
         self._pins = Pins()
 
     def _open_index(self) -> Index:
         """Open the index and bring it in order: its totals, the budget, files of killed writers."""
         with self._translated("open"):
-            check_schema(self._root, self._files)
-            self._index = Index(self._root, self._files)
+            # Not one that somebody is about to replace.
+            with self._alone():
+                check_schema(self._root, self._files, self._gate)
+                self._index = Index(self._root, self._files, self._gate)
+                try:
+                    with self._write() as discard:
+                        self._index.execute("CREATE INDEX IF NOT EXISTS Cache_use ON Cache (access_time, size)")
+                        self._index.count_again()
+                        self._evictions += self._make_room(discard, "", 0)
+                except BaseException:
+                    self._index.close()
+                    raise
             try:
-                with self._alone(), self._write() as discard:
-                    self._index.execute("CREATE INDEX IF NOT EXISTS Cache_use ON Cache (access_time, size)")
-                    self._index.count_again()
-                    self._evictions += self._make_room(discard, "", 0)
                 marker = f"{self._root}/{MARKER}"
                 if time.time() - self._files.status_of(marker).st_mtime > _SWEEP_EVERY_S:
                     self._files.touch(marker)
@@ -328,6 +333,13 @@ class DiskStore:
                 raise
         return self._index
 
+    def _renew_index(self) -> None:
+        """Have the index written anew from the value files; writers wait, in whichever thread or process."""
+        with self._gate.at_work(), self._turn, self._write_lock:
+            rebuild_index(self._root, files=self._files)
+            # The connections to the damaged one are closed when those who still use them are done.
+            self._open_index()
+
     def _sweep_or_say(self) -> None:
         """A store whose housekeeping fails can be used all the same."""
         try:
@@ -336,7 +348,7 @@ class DiskStore:
             _LOG.warning("files of killed writers stay: %s", error)
 
     def _rows(self, keys: Sequence[str]) -> dict[str, Row]:
-        with self._translated("read"):
+        with self._working("read"):
             return self._index.rows(keys)
 
     def _read_ahead(self, keys: Sequence[str]) -> Iterator[tuple[str, memoryview | None]]:
@@ -387,13 +399,13 @@ class DiskStore:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """This thread's turn, of all threads and processes, to change which value files there are."""
-        with self._turn, only_writer(self._root, self._files):
+        with self._gate.at_work(), self._turn, only_writer(self._root, self._files):
             yield
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[Discard]:
         """A write transaction that first notes what was used; one thread of this process at a time."""
-        with self._write_lock:
+        with self._gate.at_work(), self._write_lock:
             with self._lock:
                 used, self._used = self._used, OrderedDict()
             try:
@@ -410,7 +422,9 @@ class DiskStore:
         with self._write() as discard:
             evicted = self._make_room(discard, key, new.size)
             for (old,) in self._index.fetch("SELECT filename FROM Cache WHERE key = ? AND raw = 1", (key,)):
-                discard(old)
+                # A new index may name the file already: it was complete when that was written.
+                if old != new.filename:
+                    discard(old)
             self._index.put(Row(key, 1, new.mode, new.size, new.filename, None), new.value, time.time())
         return evicted
 
@@ -456,12 +470,22 @@ class DiskStore:
     @contextlib.contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
         """Turn what SQLite, diskcache and the file system raise into the store's own errors."""
-        if self._closed:
-            raise StoreError(f"the store {self.url} is closed; open it again with open_store()")
+        self._refuse_closed()
         try:
             yield
         except FAILURES as error:
+            self._refuse_closed()
             raise translated(error, self._root, doing) from error
+
+    @contextlib.contextmanager
+    def _working(self, doing: str) -> Iterator[None]:
+        """The same for what is done in a moment: who closes the store, or forks, waits for its end."""
+        with self._gate.at_work(), self._translated(doing):
+            yield
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreError(f"the store {self.url} is closed; open it again with open_store()")
 
 
 def _announce(opened: OpenValue | None) -> None:

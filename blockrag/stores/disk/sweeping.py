@@ -56,6 +56,7 @@ def strays(root: str, index: Index, files: StoreFiles, *, before: float, remove:
         OSError: A directory cannot be listed.
         sqlite3.Error: The index cannot be read.
     """
+    index.follow()
     old = {name for name, status in value_files(root, files) if status.st_mtime < before}
     for rows in index.every("filename") if old else ():
         old.difference_update(name for _, name in rows)
