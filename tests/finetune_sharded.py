@@ -2,7 +2,8 @@
 
 Usage: accelerate launch --config_file FILE finetune_sharded.py PLAN HELD. PLAN is a JSON list of runs, see
 finetune_in_forks.py, done behind each other. HELD is a directory: each process leaves what it held of every run there,
-as a JSON list in a file named by the number of the process.
+as a JSON list in a file named by the number of the process: when training began the step, all numbers of the model and
+its own, and behind the run whether the directory was written.
 """
 
 from __future__ import annotations
@@ -61,4 +62,7 @@ if __name__ == "__main__":
     held = Held()
     for plan in json.loads(Path(sys.argv[1]).read_text()):
         run(plan, [held])
+        held.found[-1]["written"] = Path(plan["out"], "config.json").exists()
     Path(sys.argv[2], f"{os.environ['RANK']}.json").write_text(json.dumps(held.found))
+    # Without ending the interpreter: beside gloo's threads torch aborts there now and then (pytorch/pytorch#179291).
+    os._exit(0)

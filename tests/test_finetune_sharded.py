@@ -94,6 +94,11 @@ def test_each_process_held_a_half(shared_out: list[list[dict[str, int]]]) -> Non
         assert first["all"] == second["all"] == 2 * first["own"] == 2 * second["own"]
 
 
+def test_no_process_leaves_before_the_directory_is_written(shared_out: list[list[dict[str, int]]]) -> None:
+    """A launcher that sees one fail as it leaves stops the others."""
+    assert [[run["written"] for run in runs] for runs in shared_out] == [[True] * 4] * 2
+
+
 @pytest.mark.usefixtures("alone", "shared_out")
 @pytest.mark.parametrize("kind", ["", " adapters"])
 def test_the_weights_are_those_of_one_process(base: Path, kind: str) -> None:

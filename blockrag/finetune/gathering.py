@@ -31,7 +31,7 @@ def save_trained(
     log: dict[str, Any],
     dtype: torch.dtype,
 ) -> None:
-    """Write the directory, from the first process; every process has to call it.
+    """Write the directory, from the first process; every process has to call it, and returns when it is written.
 
     Args:
         trainer: What trained it.
@@ -47,8 +47,23 @@ def save_trained(
         # Weights that are shared out over the processes are gathered by the Trainer, by all of them together.
         gathered = out / CHECKPOINTS / "gathered"
         trainer.save_model(str(gathered))
-    if not trainer.is_world_process_zero():
-        return
+    if trainer.is_world_process_zero():
+        _write(out, trained, gathered, tokenizer, facts, log, dtype)
+    # A launcher takes a process that fails for the end of all, and one that leaves can: torch aborts now and then where
+    # an interpreter ends beside gloo's threads. The first must not be stopped by that while it writes.
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write(
+    out: Path,
+    trained: Any,
+    gathered: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: BlockAttentionFacts,
+    log: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Write the directory, from the trained model or from where it was gathered, which is then removed."""
 
     def write_weights(directory: Path) -> None:
         model = trained if gathered is None else _reloaded(gathered, adapters=hasattr(trained, "merge_and_unload"))
