@@ -350,6 +350,29 @@ class TestNewIndex:
             with contextlib.closing(DiskStore(root)) as other:
                 assert {key(5), key(7)} < set(other.keys())
 
+    def test_a_thread_writes_into_the_new_one_while_a_check_counts_in_the_old(self, root):
+        """Both are in a transaction then, which SQLite does not keep apart in two files."""
+
+        class Counting(StoreFiles):
+            armed = counting = False
+
+            def before(self, call: str) -> None:
+                if self.armed and self.counting and call == "execute SELECT":
+                    self.armed = False
+                    rebuild_index(root)
+                    writing.start()
+                    writing.join(timeout=0.5)
+                self.counting = call == "execute BEGIN"
+
+        with contextlib.closing(DiskStore(root, files=(files := Counting()))) as store:
+            writing = threading.Thread(target=store.put, args=(key(5), stored(5)))
+            files.armed = True
+            store.verify()
+            writing.join()
+            assert not files.armed
+        with contextlib.closing(DiskStore(root)) as other:
+            assert bytes(other.get(key(5))) == stored(5)
+
 
 class TestForks:
     def test_a_child_outlives_its_parents_store(self, root):

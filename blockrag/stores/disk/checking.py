@@ -84,8 +84,13 @@ def verify(checked: Checked, *, fix: bool) -> StoreReport:
     return merged(report, faults)
 
 
-def index_faults(index: Index, *, fix: bool) -> list[Fault]:
+def index_faults(index: Index, write: Callable[[], AbstractContextManager[Discard]], *, fix: bool) -> list[Fault]:
     """What SQLite finds wrong in its file; `fix` builds its look-up tables anew, which is all that can be done there.
+
+    Args:
+        index: It.
+        write: Opens a write transaction of it.
+        fix: Mend what can be mended.
 
     Raises:
         sqlite3.OperationalError: It cannot be read just now.
@@ -94,7 +99,7 @@ def index_faults(index: Index, *, fix: bool) -> list[Fault]:
     found = _integrity(index)
     mended = False
     if fix and found:
-        with suppress(sqlite3.DatabaseError), index.write():
+        with suppress(sqlite3.DatabaseError), write():
             index.execute("REINDEX")
         mended = not _integrity(index)
     return [Fault("damaged", DBNAME, message, fixed=mended) for message in found]
@@ -217,7 +222,7 @@ def _strays(checked: Checked, *, fix: bool) -> Iterator[Fault]:
 
 def _totals(checked: Checked, *, fix: bool) -> list[Fault]:
     index = checked.index
-    with index.write():
+    with checked.write():
         wrong = [(name, index.kept(name), index.counted(name)) for name in ("count", "size")]
         wrong = [(name, kept, counted) for name, kept, counted in wrong if kept != counted]
         if fix and wrong:

@@ -56,7 +56,8 @@ class Gate:
         """Whoever needs rest waits for the end of this context, or this for the end of the rest; may be nested."""
         if not self._depth.value:
             with self._condition:
-                self._condition.wait_for(lambda: not self._shut)
+                while self._shut:
+                    self._condition.wait()
                 self._inside += 1
         self._depth.value += 1
         try:

@@ -259,7 +259,7 @@ class DiskStore:
         from blockrag.stores.report import merged
 
         with self._translated("check"):
-            faults = index_faults(self._index, fix=fix)
+            faults = index_faults(self._index, self._transaction, fix=fix)
             if fix and not all(fault.fixed for fault in faults):
                 self._renew_index()
                 faults = [replace(fault, fixed=True) for fault in faults]
@@ -403,13 +403,19 @@ class DiskStore:
             yield
 
     @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Discard]:
+        """A write transaction; one thread of this process at a time."""
+        with self._gate.at_work(), self._write_lock, self._index.write() as discard:
+            yield discard
+
+    @contextlib.contextmanager
     def _write(self) -> Iterator[Discard]:
-        """A write transaction that first notes what was used; one thread of this process at a time."""
+        """A `_transaction` that first notes what was used."""
         with self._gate.at_work(), self._write_lock:
             with self._lock:
                 used, self._used = self._used, OrderedDict()
             try:
-                with self._index.write() as discard:
+                with self._transaction() as discard:
                     self._index.note_uses(used)
                     yield discard
             except BaseException:
