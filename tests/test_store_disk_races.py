@@ -350,6 +350,15 @@ class TestNewIndex:
             with contextlib.closing(DiskStore(root)) as other:
                 assert {key(5), key(7)} < set(other.keys())
 
+    def test_blocks_that_are_gone_from_the_old_one_are_looked_for_in_the_new_one(self, root):
+        def renew() -> None:
+            rebuild_index(root)
+            delete(root, 3)
+
+        # The first value file that is read is block 1's.
+        with interrupted(root, renew, at="read_into") as store:
+            assert store.verify().faults == ()
+
     def test_a_thread_writes_into_the_new_one_while_a_check_counts_in_the_old(self, root):
         """Both are in a transaction then, which SQLite does not keep apart in two files."""
 

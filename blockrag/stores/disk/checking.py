@@ -167,6 +167,8 @@ class _SoundBlocks:
 
     def keys(self) -> Iterator[str]:
         """The keys of the rows that are sound, and whose key no unsound row has; each once."""
+        # Somebody may write the index anew meanwhile; what is gone is then looked for in that one.
+        self._index.follow()
         unsound: set[object] = set()
         # A block that is deleted and written again meanwhile comes twice.
         sound: dict[str, None] = {}
