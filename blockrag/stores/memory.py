@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blockrag.fingerprint import Fingerprint
     from blockrag.stores.report import StoreReport
 
-__all__ = ["MemoryStore", "byte_view"]
+__all__ = ["MemoryStore"]
 
 
 def _can_pin() -> bool:

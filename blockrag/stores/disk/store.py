@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from blockrag.errors import InputError, StoreError, StoreFullError
 from blockrag.fingerprint import check_key
+from blockrag.stores.arguments import byte_view, check_distinct
 from blockrag.stores.disk.directory import MARKER, claim, only_writer
 from blockrag.stores.disk.eviction import make_room
 from blockrag.stores.disk.failures import FAILURES, translated
@@ -34,7 +35,6 @@ from blockrag.stores.disk.rows import COLUMNS, Row
 from blockrag.stores.disk.sweeping import strays
 from blockrag.stores.disk.values import Buffer, NewValue, OpenValue
 from blockrag.stores.files import StoreFiles
-from blockrag.stores.memory import byte_view
 from blockrag.stores.pins import Pins
 from blockrag.stores.protocol import StoreStats
 
@@ -118,8 +118,7 @@ class DiskStore:
             UnsafeStoreError: A row is one blockrag never writes.
             StoreError: The store is closed, or its index is damaged.
         """
-        if len(set(keys)) != len(keys):
-            raise InputError(f"get_many got {len(keys)} keys, {len(set(keys))} distinct; pass each key once")
+        check_distinct(keys)
         for key in keys:
             check_key(key)
         return self._read_ahead(keys)

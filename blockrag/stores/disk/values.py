@@ -24,9 +24,9 @@ from diskcache.core import MODE_BINARY, MODE_RAW, UNKNOWN
 
 from blockrag.errors import InputError, UnsafeStoreError
 from blockrag.fingerprint import check_key
+from blockrag.stores.arguments import byte_view
 from blockrag.stores.disk.rows import Row, is_key, is_value_name
 from blockrag.stores.files import StoreFiles
-from blockrag.stores.memory import byte_view
 
 __all__ = ["Buffer", "NewValue", "OpenValue", "SafeDisk"]
 
