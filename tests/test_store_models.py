@@ -23,7 +23,7 @@ from blockrag.stores import open_store
 
 LENGTHS = (7, 12, 9, 30, 5, 8)
 OPTIONS = GenerationOptions(max_new_tokens=6, ignore_eos=True)
-OBJECTS = "?allow_http=true&region=us-east-1&deadline=1&endpoint=http://127.0.0.1:"
+OBJECTS = "?allow_http=true&region=us-east-1&endpoint=http://127.0.0.1:"
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,9 @@ def credentials(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
 
 
-def url_of(kind: str, port: int) -> str:
-    return f"s3://bucket/x{OBJECTS}{port}" if kind == "s3" else f"redis://127.0.0.1:{port}?deadline=1"
+def url_of(kind: str, port: int, deadline_s: float) -> str:
+    address = f"s3://bucket/x{OBJECTS}{port}&" if kind == "s3" else f"redis://127.0.0.1:{port}?"
+    return f"{address}deadline={deadline_s}"
 
 
 @pytest.fixture(scope="module", params=["s3", "redis"])
@@ -63,7 +64,7 @@ def test_answers_are_the_same_whatever_the_connection_does(make_model, kind, pro
     model = make_model("llama")
     prompt = prompt_of(LENGTHS, QUERY)
     expected = model.generate(prompt, OPTIONS).token_ids
-    with closing(open_store(url_of(kind, proxy.port))) as store:
+    with closing(open_store(url_of(kind, proxy.port, deadline_s=1))) as store:
         model.generate(prompt, OPTIONS, store=store)
         proxy.fault = fault
         failing = model.generate(prompt, OPTIONS, store=store)
@@ -73,7 +74,7 @@ def test_answers_are_the_same_whatever_the_connection_does(make_model, kind, pro
 def test_a_memory_before_it_outlives_the_connection(make_model, kind, proxy):
     model = make_model("llama")
     prompt = prompt_of(LENGTHS, QUERY)
-    with closing(open_store(f"tiered:memory://|{url_of(kind, proxy.port)}")) as store:
+    with closing(open_store(f"tiered:memory://|{url_of(kind, proxy.port, deadline_s=1)}")) as store:
         first = model.generate(prompt, OPTIONS, store=store)
         proxy.fault = "reset"
         again = model.generate(prompt, OPTIONS, store=store)
@@ -87,7 +88,7 @@ def test_answers_are_the_same_when_the_server_dies(make_model, kind, server):
     prompt, other = prompt_of(LENGTHS, QUERY), prompt_of(LENGTHS, QUERY, seed=6)
     expected = model.generate(prompt, OPTIONS).token_ids
     expected_other = model.generate(other, OPTIONS).token_ids
-    with closing(open_store(url_of(kind, port))) as store:
+    with closing(open_store(url_of(kind, port, deadline_s=30))) as store:
         store.delete_many(store.keys())
         first = model.generate(prompt, OPTIONS, store=store)
         assert (first.token_ids, first.usage.blocks_reused) == (expected, 0)

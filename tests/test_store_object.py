@@ -273,9 +273,10 @@ class TestFaults:
 
     @pytest.mark.parametrize("fault", ["stall", "reset", "error", "partial", "slow", "flip"])
     def test_no_wrong_block_and_no_exception(self, filled, proxy, prefix, fault):
-        with closing(open_store(url(proxy.port, prefix, deadline=0.5))) as store:
-            wanted = [key(i) for i in range(8)]
+        wanted = [key(i) for i in range(8)]
+        with closing(open_store(url(proxy.port, prefix, deadline=30))) as store:
             assert list(store.get_many(wanted)) == [(key(i), block(i, SIZE)) for i in range(8)]
+        with closing(open_store(url(proxy.port, prefix, deadline=0.5))) as store:
             proxy.fault = fault
             assert list(store.get_many(wanted)) == [(name, None) for name in wanted]
             assert store.stats().failures == 8

@@ -134,8 +134,9 @@ def test_no_wrong_block_and_no_exception(store, proxy, fault):
     wanted = [key(i) for i in range(8)]
     for i in range(8):
         store.put(key(i), block(i, SIZE))
-    with closing(open_store(f"redis://127.0.0.1:{proxy.port}?deadline=0.5")) as behind:
+    with closing(open_store(f"redis://127.0.0.1:{proxy.port}?deadline=30")) as behind:
         assert list(behind.get_many(wanted)) == [(key(i), block(i, SIZE)) for i in range(8)]
+    with closing(open_store(f"redis://127.0.0.1:{proxy.port}?deadline=0.5")) as behind:
         proxy.fault = fault
         assert list(behind.get_many(wanted)) == [(name, None) for name in wanted]
         assert behind.stats().failures == 8
