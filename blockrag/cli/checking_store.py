@@ -37,7 +37,10 @@ def verify_store(
     ] = False,
     delete_unused: Annotated[
         bool,
-        typer.Option("--delete-unused", help="Delete blocks that no passage of this index has. Not in a shared store."),
+        typer.Option(
+            "--delete-unused",
+            help="Delete blocks that no passage of this index has. Not in a shared store, nor during an ingestion.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
