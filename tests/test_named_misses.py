@@ -188,3 +188,34 @@ def test_a_store_that_cannot_say_costs_nobody_an_answer(make_model: Make) -> Non
     assert (usage.blocks_computed, usage.store_failures) == (len(LENGTHS) + 1, 0)
     with pytest.raises(StoreError, match="manifest"):
         model.explain_misses(store)
+
+
+def test_a_store_that_could_not_say_is_asked_again(make_model: Make, caplog: pytest.LogCaptureFixture) -> None:
+    class Away(MemoryStore):
+        """Behind a network that comes and goes."""
+
+        here = True
+
+        def fingerprints(self) -> dict[str, Fingerprint]:
+            self._answer()
+            return super().fingerprints()
+
+        def remember_fingerprint(self, fingerprint: Fingerprint) -> None:
+            self._answer()
+            super().remember_fingerprint(fingerprint)
+
+        def _answer(self) -> None:
+            if not self.here:
+                raise StoreError("the store does not answer")
+
+    store, before, now = Away(), make_model(), other_tokenizer(make_model)
+    before.generate(PROMPT, OPTIONS, store=store)
+    with caplog.at_level(logging.WARNING, logger="blockrag.model.misses"):
+        store.here = False
+        now.generate(prompt_of((3, 5), QUERY), OPTIONS, store=store)
+        assert warnings_of(caplog) == []
+        store.here = True
+        now.generate(prompt_of((4, 6), QUERY), OPTIONS, store=store)
+        now.generate(prompt_of((8, 2), QUERY), OPTIONS, store=store)
+    (said,) = warnings_of(caplog)
+    assert "stored for tokenizer" in said

@@ -95,7 +95,7 @@ class MissNotes:
         return MissExplanation(digest, self.fingerprint.changes_since(nearest), len(blocks), len(stored))
 
     def missed(self, store: BlockStore, key_under: KeyUnder, blocks: Sequence[Sequence[int]]) -> None:
-        """Say, the first time that blocks are missing from a store, why all of this model's are."""
+        """Say, the first time that blocks are missing from a store that can be asked, why all of this model's are."""
         if not self._first(self._explained, store):
             return
         try:
@@ -106,6 +106,9 @@ class MissNotes:
             logger.info(
                 "nobody knows why blocks are missing, for the store cannot say what it was written for: %s", error
             )
+            with self._lock:
+                # It may be able to the next time.
+                self._explained.discard(store)
             return
         if explanation is not None:
             logger.warning("%d blocks are missing: %s", len(blocks), explanation)
