@@ -300,7 +300,7 @@ def quantize_into(payload: torch.Tensor, kv: BlockKV, precision: QuantizedPrecis
         payload: One-dimensional uint8 tensor in host memory of `payload_map(...).nbytes` zeros, to be written.
         kv: The block, in any floating-point dtype, on any device.
         precision: How to keep the numbers. A number is off by half its scale at most, a refined one by a sixteenth of
-            it.
+            it, and either by the rounding of float32.
 
     Raises:
         InputError: A number is NaN or infinite, or larger than `limit` times the largest float16; the message names the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shared_models import FINE_TUNED
 from test_exactness import prompt_of
@@ -61,6 +61,12 @@ layouts = st.lists(layer_shapes, min_size=1, max_size=4).map(lambda layers: KVLa
 
 @given(layout=layouts, tokens=st.integers(1, 40), precision=st.sampled_from(PRECISIONS), seed=st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
+@example(
+    layout=KVLayout((LayerShape(1, 33, 1, 40), LayerShape(1, 40, 2, 9), LayerShape(2, 40, 1, 10))),
+    tokens=1,
+    precision="int8",
+    seed=6,
+)
 def test_every_number_is_off_by_half_its_scale_at_most(layout, tokens, precision, seed):
     kv = make_kv(layout, tokens, seed=seed)
     small = quantize(kv, precision)
@@ -68,12 +74,14 @@ def test_every_number_is_off_by_half_its_scale_at_most(layout, tokens, precision
     refined[refined_channels(small)] = True
     for layer, shape in enumerate(layout.layers):
         key_scales, value_scales = scales_of(small, layer)
-        # Each of the numbers at rest is rounded from a float32 quotient.
+        # Each of the numbers at rest is rounded from a float32 quotient, which has 24 bits itself: where a zero takes
+        # 15 of them, that shows beside a sixteenth.
         slack = 1 + 1e-4
+        rounding = kv.keys(layer).abs() * 2**-23
         bound = torch.full((shape.key_heads, 1, shape.key_dim), 0.5)
         first = small.map.first_channel[layer]
         bound[refined[first : first + shape.key_size].view(shape.key_heads, 1, shape.key_dim)] = 1 / 16
-        assert bool(((small.keys(layer) - kv.keys(layer)).abs() <= bound * key_scales * slack).all())
+        assert bool(((small.keys(layer) - kv.keys(layer)).abs() <= bound * key_scales * slack + rounding).all())
         assert bool(((small.values(layer) - kv.values(layer)).abs() <= 0.5 * value_scales * slack).all())
 
 
