@@ -171,9 +171,9 @@ def test_a_single_string_is_no_list_of_stops() -> None:
 
 
 def test_an_unknown_attention_is_refused(make_model: Make) -> None:
-    with pytest.raises(InputError, match="'sparse' is neither"):
+    with pytest.raises(InputError, match="attention='sparse' is not one of 'block', 'full'"):
         make_model(attention="sparse")
-    with pytest.raises(InputError, match="'sparse' is neither"):
+    with pytest.raises(InputError, match="attention='sparse' is not one of 'block', 'full'"):
         make_model().generate(PROMPT, attention="sparse")  # type: ignore[call-overload]
 
 

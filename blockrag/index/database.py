@@ -59,15 +59,8 @@ class StoredPassage:
 class PassageDatabase:
     """The SQLite side of one passage index.
 
-    Its `connection` makes the transactions, and is what to close.
-
-    Args:
-        path: The database file, or None for memory.
-        encoder: Name of the encoder whose vectors it holds.
-        dimension: Length of those vectors.
-
-    Raises:
-        PassageIndexError: The file is damaged, is not a passage index, or belongs to another encoder or format.
+    Its `connection` makes the transactions, and is what to close; what the arguments are and what is refused, says
+    `open_connection`.
     """
 
     def __init__(self, path: Path | None, *, encoder: str, dimension: int) -> None:
